@@ -3,7 +3,9 @@
  * All functions are thread-safe, allocate nothing and never print. Errors are a negative
  * ps_result; results go to the caller's buffers. Memory that is scanned may be a mapping
  * whose backing vanishes: loads are guarded, and a page that faults gets
- * PS_PAGE_LINK_DOWN instead of ending the process.
+ * PS_PAGE_LINK_DOWN instead of ending the process. For that, a scan takes over SIGBUS and
+ * SIGSEGV; a signal that is not about a scanned page reaches the handler that was there
+ * before. A thread that scans must not block the two.
  */
 #ifndef PYSCAN_H
 #define PYSCAN_H
