@@ -13,6 +13,7 @@
     |   `-- KernelNotFound
     |-- TransportError        the broker is down or refuses                  exit 4
     |-- DriverError           a hypervisor did not do what it was told       exit 4
+    |-- LabError              the laboratory (demo, tests) did not come up   exit 4
     `-- InternalError         a broken promise inside pyscan                 exit 4
 
 The text of an error is one line: what happened, to what, and what to do next. No
@@ -23,6 +24,8 @@ from __future__ import annotations
 
 from enum import IntEnum
 from pathlib import Path
+
+from pyscan.records import Command
 
 
 class ExitStatus(IntEnum):
@@ -72,19 +75,28 @@ class EvidenceError(FileFormatError):
 
 
 class SignatureInvalid(PyscanError):
-    """A COSE message that does not verify: unknown key, wrong algorithm, wrong signature."""
-
-    exit_status = ExitStatus.USAGE
-
-
-class Rejected(PyscanError):
-    """A message that is refused; `reason` is a code from docs/spec/wire.md."""
+    """A COSE message that does not verify; `reason` is a code from docs/spec/wire.md."""
 
     exit_status = ExitStatus.USAGE
 
     def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Rejected(PyscanError):
+    """A message that is refused; `reason` is a code from docs/spec/wire.md.
+
+    `command` is the refused command once its signature has verified, so that the refusal
+    can be reported; None while nothing in the message can be believed.
+    """
+
+    exit_status = ExitStatus.USAGE
+
+    def __init__(self, reason: str, message: str, command: Command | None = None) -> None:
         super().__init__(f"{reason}: {message}")
         self.reason = reason
+        self.command = command
 
 
 class TargetUnavailable(PyscanError):
@@ -111,6 +123,10 @@ class DriverError(PyscanError):
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class LabError(PyscanError):
+    """The laboratory did not come up or did not do what it was told: no word about a target."""
 
 
 class InternalError(PyscanError):

@@ -132,6 +132,7 @@ class Sweep:
     ok: int
     mismatched: int
     unreadable: int
+    transient: int = 0  # of `ok`: differed once and were as approved when read again
     findings: tuple[Finding, ...] = ()  # bounded; `findings_total` counts them all
     findings_total: int = 0
 
