@@ -1,0 +1,131 @@
+"""Sweep -> verdict state -> wanted action. Pure: no I/O, no clock, no memory.
+
+Fail-closed: what is missing, unreadable or does not add up is never approved, and doubt
+alone never acts on a machine unless the policy says so in as many words.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pyscan.errors import UsageError
+from pyscan.records import (
+    Action,
+    FindingKind,
+    Incident,
+    IncidentState,
+    Sweep,
+    Verdict,
+    VerdictState,
+)
+
+#: The actions that answer a verdict; `release` and `query` answer a person.
+ANSWERS = frozenset({Action.KILL, Action.SANDBOX, Action.FREEZE, Action.CAPTURE})
+
+
+def judge(sweep: Sweep) -> tuple[VerdictState, str]:
+    """The state of a target after a sweep, and the reason as one line for a person.
+
+    A page that is not as approved outweighs pages that could not be read: the first is a
+    fact, the others are gaps. Approved takes every watched page read, as approved, and
+    not a single finding.
+    """
+    kinds = {finding.kind for finding in sweep.findings}
+    places = [f.place for f in sweep.findings if f.kind is not FindingKind.UNREADABLE and f.place]
+    where = f", first at {places[0]}" if places else ""
+    counts = (sweep.ok, sweep.mismatched, sweep.unreadable)
+    if sweep.watched <= 0 or min(counts) < 0 or sum(counts) != sweep.watched:
+        state, reason = (
+            VerdictState.UNDECIDED,
+            f"the counts of the sweep do not add up: watched {sweep.watched}, "
+            f"ok {sweep.ok}, mismatched {sweep.mismatched}, unreadable {sweep.unreadable}",
+        )
+    elif sweep.mismatched:
+        state, reason = (
+            VerdictState.UNAPPROVED,
+            f"{sweep.mismatched} of {sweep.watched} pages are not as approved{where}",
+        )
+    elif kinds & {FindingKind.MAPPING, FindingKind.DIGEST}:
+        state, reason = (
+            VerdictState.UNAPPROVED,
+            f"kernel addresses lead elsewhere than approved{where}",
+        )
+    elif FindingKind.ATTACH in kinds:
+        state, reason = VerdictState.UNDECIDED, "the kernel is not where it was approved"
+    elif sweep.unreadable:
+        state, reason = (
+            VerdictState.UNDECIDED,
+            f"{sweep.unreadable} of {sweep.watched} pages could not be read",
+        )
+    elif sweep.findings or sweep.findings_total:
+        state, reason = (
+            VerdictState.UNDECIDED,
+            "the sweep has findings that its counts do not explain",
+        )
+    else:
+        state, reason = VerdictState.APPROVED, f"all {sweep.watched} pages are as approved"
+    return state, reason
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How a configuration environment answers verdicts.
+
+    `unapproved` and `undecided` are the actions that answer such a verdict, None for an
+    incident without an action. Without `enforce`, incidents are opened and nothing is
+    done. The VMs of `protected_vms` are never acted on. Raises UsageError for an action
+    that is no answer.
+    """
+
+    enforce: bool
+    unapproved: Action | None
+    undecided: Action | None = None
+    protected_vms: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        for action in (self.unapproved, self.undecided):
+            if action is not None and action not in ANSWERS:
+                raise UsageError(
+                    f"policy: {action} does not answer a verdict; use one of "
+                    f"{', '.join(sorted(ANSWERS))}, or none"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What is wanted: a new incident, an action under the new or the open one, or neither."""
+
+    incident_wanted: bool
+    action: Action | None
+    reason: str  # one line for a person
+
+
+def decide(verdict: Verdict, policy: Policy, open_incident: Incident | None) -> Decision:
+    """Answer a verdict; `open_incident` is the target's incident that is not released yet.
+
+    An incident gets each action at most once, however many verdicts repeat it. An approved
+    verdict wants nothing: it does not close an incident, a person's release does.
+    """
+    if verdict.state is VerdictState.APPROVED:
+        return Decision(False, None, "approved")
+    if open_incident is not None and open_incident.state is IncidentState.RELEASED:
+        open_incident = None
+    action, reason = _answer(verdict, policy)
+    if action is not None and open_incident is not None and open_incident.action is action:
+        action, reason = None, f"{action} was commanded already under {open_incident.id}"
+    return Decision(open_incident is None, action, reason)
+
+
+def _answer(verdict: Verdict, policy: Policy) -> tuple[Action | None, str]:
+    """The action that the policy has for a verdict that is not approved, and why."""
+    unapproved = verdict.state is VerdictState.UNAPPROVED
+    action = policy.unapproved if unapproved else policy.undecided
+    if action is None:
+        return None, f"the policy answers {verdict.state} with an alarm only"
+    if not policy.enforce:
+        return None, f"observing only; enforcing would {action} VM {verdict.vm}"
+    if not verdict.vm or not verdict.host:
+        return None, f"target {verdict.target} is no VM of a host, so nothing can {action} it"
+    if verdict.vm in policy.protected_vms:
+        return None, f"VM {verdict.vm} is protected: {action} is left to a person"
+    return action, f"the policy answers {verdict.state} with {action}"
