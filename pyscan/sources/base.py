@@ -8,12 +8,12 @@ Sources are opened read-only and are thread-safe for reads.
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pyscan.records import MemoryMap
+from pyscan.records import PAGE_SHIFT, PAGE_SIZE, POISON, MemoryMap, PageStatus, RegionKind
 
 Frames = NDArray[np.uint64]  # shape (n,): frame numbers
 Pages = NDArray[np.uint8]  # shape (n, PAGE_SIZE): caller's buffer
@@ -49,7 +49,10 @@ class Source(Protocol):
         """The URI that names this source."""
 
     def regions(self) -> MemoryMap:
-        """The memory map. It may change between calls (memory hotplug, link loss)."""
+        """The memory map. It may change between calls (memory hotplug).
+
+        Raises SourceUnavailable when the way to the target is known to be gone.
+        """
 
     def read(self, frames: Frames, buffer: Pages) -> Statuses:
         """Read page `frames[i]` into `buffer[i]`.
@@ -63,13 +66,77 @@ class Source(Protocol):
         """A zero-copy view, or None where the backend has none."""
 
     def close(self) -> None:
-        """Release everything. Idempotent; a later read gives LINK_DOWN for every page."""
+        """Release everything. Idempotent; a later read gives LINK_DOWN for every page.
 
-    def __enter__(self) -> Self: ...
+        May be called while other threads read: their pages come back whole or as
+        LINK_DOWN.
+        """
+
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
-    ) -> None: ...
+    ) -> None:
+        self.close()
+
+
+@runtime_checkable
+class Sparse(Protocol):
+    """A source that knows which of its pages were ever written."""
+
+    def populated(self) -> MemoryMap:
+        """The parts of the memory map that may hold anything but zeros.
+
+        A scan of all memory may skip the rest: it reads as zeros, and reading it would
+        cost time for nothing.
+        """
+
+
+def populated(source: Source) -> MemoryMap:
+    """What a scan of all memory must read: everything, unless the source knows better."""
+    return source.populated() if isinstance(source, Sparse) else source.regions()
+
+
+def check_request(frames: Frames, buffer: Pages) -> None:
+    """Raise ValueError unless `frames` and `buffer` are a request that `Source.read` takes.
+
+    `frames` is uint64 of shape (n,); `buffer` is uint8 of shape (n, PAGE_SIZE), writable,
+    rows one behind the other.
+    """
+    if frames.dtype != np.uint64 or frames.ndim != 1:
+        raise ValueError(f"frames must be uint64 of shape (n,), not {frames.dtype} {frames.shape}")
+    if buffer.dtype != np.uint8 or buffer.shape != (len(frames), PAGE_SIZE):
+        raise ValueError(
+            f"buffer must be uint8 of shape ({len(frames)}, {PAGE_SIZE}), "
+            f"not {buffer.dtype} {buffer.shape}"
+        )
+    if not (buffer.flags.c_contiguous and buffer.flags.writeable):
+        raise ValueError("buffer must be writable and contiguous")
+
+
+def poison(buffer: Pages, statuses: Statuses) -> None:
+    """Fill every page of `buffer` whose status is not OK with POISON."""
+    buffer[statuses != PageStatus.OK] = POISON
+
+
+def find_regions(memory_map: MemoryMap, frames: Frames) -> NDArray[np.int64]:
+    """Index of the region that holds each frame; -1 where none does. Shape (n,)."""
+    if not memory_map.regions:
+        return np.full(len(frames), -1, dtype=np.int64)
+    starts = np.array([region.gpa >> PAGE_SHIFT for region in memory_map], dtype=np.uint64)
+    ends = np.array([region.end >> PAGE_SHIFT for region in memory_map], dtype=np.uint64)
+    index = np.searchsorted(starts, frames, side="right") - 1
+    found: NDArray[np.int64] = np.where((index >= 0) & (frames < ends[index]), index, -1)
+    return found
+
+
+def is_ram(memory_map: MemoryMap, frames: Frames) -> NDArray[np.bool_]:
+    """Which frames are RAM (a region of kind ROM is not). Shape (n,)."""
+    # The last entry stands for index -1: no region.
+    kinds = np.array([region.kind is RegionKind.RAM for region in memory_map] + [False])
+    ram: NDArray[np.bool_] = kinds[find_regions(memory_map, frames)]
+    return ram
