@@ -27,7 +27,9 @@ def judge(sweep: Sweep) -> tuple[VerdictState, str]:
     """The state of a target after a sweep, and the reason as one line for a person.
 
     A page that is not as approved outweighs pages that could not be read: the first is a
-    fact, the others are gaps. Approved takes every watched page read, as approved, and
+    fact, the others are gaps. A target whose kernel is gone from its place *and* whose
+    pages are mostly other pages is another boot, of which nothing is known
+    (docs/spec/approved.md, 2.2). Approved takes every watched page read, as approved, and
     not a single finding.
     """
     kinds = {finding.kind for finding in sweep.findings}
@@ -40,6 +42,12 @@ def judge(sweep: Sweep) -> tuple[VerdictState, str]:
             f"the counts of the sweep do not add up: watched {sweep.watched}, "
             f"ok {sweep.ok}, mismatched {sweep.mismatched}, unreadable {sweep.unreadable}",
         )
+    elif FindingKind.ATTACH in kinds and 2 * sweep.ok < sweep.watched:
+        state, reason = (
+            VerdictState.UNDECIDED,
+            "neither the kernel's page tables nor most of its pages are as approved: "
+            "the target was rebooted, or cannot be read; enrol it again",
+        )
     elif sweep.mismatched:
         state, reason = (
             VerdictState.UNAPPROVED,
@@ -51,12 +59,17 @@ def judge(sweep: Sweep) -> tuple[VerdictState, str]:
             f"kernel addresses lead elsewhere than approved{where}",
         )
     elif FindingKind.ATTACH in kinds:
-        state, reason = VerdictState.UNDECIDED, "the kernel is not where it was approved"
+        state, reason = (
+            VerdictState.UNDECIDED,
+            "the pages are as approved, but the running kernel is another one",
+        )
     elif sweep.unreadable:
         state, reason = (
             VerdictState.UNDECIDED,
             f"{sweep.unreadable} of {sweep.watched} pages could not be read",
         )
+    elif kinds == {FindingKind.UNREADABLE}:
+        state, reason = VerdictState.UNDECIDED, "page tables could not be read"
     elif sweep.findings or sweep.findings_total:
         state, reason = (
             VerdictState.UNDECIDED,

@@ -1,0 +1,219 @@
+"""One pass over all approved pages of a target."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from pyscan.approved import Snapshot
+from pyscan.digest import Comparison, Digester
+from pyscan.ids import new_id
+from pyscan.kernel import place
+from pyscan.records import PAGE_SIZE, Finding, FindingKind, PageStatus, Sweep
+from pyscan.scanner.mapping import FINDINGS_MAX, MappingCheck, check_mapping
+from pyscan.sources import Source
+
+#: Mismatching pages that are read again one by one; more than that is no transient.
+REREAD_PAGES_MAX: Final = 4096
+#: Pages of one copied-in batch where a source has no zero-copy view (1 MiB).
+CHUNK_PAGES: Final = 256
+
+
+@dataclass(frozen=True, slots=True)
+class SuspectPage:
+    """The bytes of a page behind a finding, for the evidence. Parent: a finding."""
+
+    finding: str
+    frame: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SweepResult:
+    """A sweep, the suspect pages behind its findings, and what it did not judge.
+
+    `unlisted_executable` counts executable kernel pages that the approved configuration
+    does not list (a snapshot cannot judge them); None when page tables were not walked.
+    """
+
+    sweep: Sweep
+    suspects: tuple[SuspectPage, ...]
+    unlisted_executable: int | None
+    walked_tables: bool
+
+
+class Scanner:
+    """Sweeps one target against one approved configuration. Not thread-safe."""
+
+    def __init__(
+        self,
+        source: Source,
+        snapshot: Snapshot,
+        digester: Digester,
+        *,
+        target: str,
+        rereads: int = 3,
+    ) -> None:
+        self._source = source
+        self._snapshot = snapshot
+        self._digester = digester
+        self._target = target
+        self._rereads = rereads
+        self._number = 0
+        self._page = np.empty((1, PAGE_SIZE), dtype=np.uint8)
+        self._chunk = np.empty((CHUNK_PAGES, PAGE_SIZE), dtype=np.uint8)
+
+    def sweep(self, *, walk_tables: bool = True) -> SweepResult:
+        """One pass over all approved pages.
+
+        With `walk_tables`, and whenever a page differs, the kernel's page tables are
+        walked too, and an approved address that leads to another frame is a finding:
+        digests alone would go on approving the old frames after the kernel was moved away
+        from under them. Raises SourceUnavailable when the target is out of reach.
+        """
+        self._number += 1
+        sweep_id, started_ns, clock_ns = new_id(), time.time_ns(), time.monotonic_ns()
+        self._source.regions()  # raises when the way to the target is gone
+        comparison = self._compare()
+        examined = self._examine(sweep_id, comparison)
+        mapping = MappingCheck((), 0, None)
+        walk_tables = walk_tables or bool(examined.findings)
+        if walk_tables:
+            mapping = check_mapping(sweep_id, self._snapshot, self._source)
+        watched = self._snapshot.pages
+        ok = comparison.ok + examined.transient
+        unreadable = comparison.unreadable + examined.lost
+        sweep = Sweep(
+            id=sweep_id,
+            target=self._target,
+            number=self._number,
+            started_ns=started_ns,
+            duration_ns=time.monotonic_ns() - clock_ns,
+            watched=watched,
+            ok=ok,
+            mismatched=watched - ok - unreadable,
+            unreadable=unreadable,
+            transient=examined.transient,
+            # Mappings first: behind a full list of unreadable pages they would not be seen.
+            findings=(*mapping.findings, *examined.findings)[:FINDINGS_MAX],
+            findings_total=watched - ok + mapping.findings_total,
+        )
+        return SweepResult(
+            sweep, examined.suspects, mapping.unlisted_executable, walked_tables=walk_tables
+        )
+
+    def _compare(self) -> Comparison:
+        """Compare all pages once: zero-copy where the source has a view, else copied in."""
+        view = self._source.view()
+        if view is not None:
+            offsets = view.offsets(self._snapshot.frames)
+            return self._digester.compare_view(
+                view.data, offsets, self._snapshot.digests, indices_max=REREAD_PAGES_MAX
+            )
+        parts = []
+        for start in range(0, self._snapshot.pages, CHUNK_PAGES):
+            parts.append(self._compare_chunk(slice(start, start + CHUNK_PAGES)))
+        return _join(parts)
+
+    def _compare_chunk(self, part: slice) -> Comparison:
+        frames = self._snapshot.frames[part]
+        pages = self._chunk[: len(frames)]
+        statuses = self._source.read(frames, pages)
+        compared = self._digester.compare_pages(
+            pages, self._snapshot.digests[part], indices_max=CHUNK_PAGES
+        )
+        unread = statuses != PageStatus.OK
+        different = np.zeros(len(frames), dtype=bool)
+        different[compared.indices] = True
+        listed = np.flatnonzero(different | unread).astype(np.uint64)
+        unreadable = int(unread.sum())
+        return Comparison(
+            statuses=statuses,
+            indices=listed,
+            ok=len(frames) - len(listed),
+            mismatched=len(listed) - unreadable,
+            unreadable=unreadable,
+        )
+
+    def _examine(self, sweep_id: str, comparison: Comparison) -> _Examined:
+        """Read every listed page again; what settles as approved was a transient."""
+        findings: list[Finding] = []
+        suspects: list[SuspectPage] = []
+        transient = lost = 0
+        for index in comparison.indices.tolist():
+            status = PageStatus(int(comparison.statuses[index]))
+            digest: bytes | None = None
+            if status is PageStatus.OK:
+                digest, status = self._reread(index)
+                lost += digest is None
+            if digest == self._snapshot.digests[index].tobytes():
+                transient += 1
+            elif len(findings) < FINDINGS_MAX:
+                finding = self._finding(sweep_id, index, status, digest)
+                findings.append(finding)
+                if digest is not None:
+                    frame = int(self._snapshot.frames[index])
+                    suspects.append(SuspectPage(finding.id, frame, self._page.tobytes()))
+        return _Examined(tuple(findings), tuple(suspects), transient, lost)
+
+    def _reread(self, index: int) -> tuple[bytes | None, PageStatus]:
+        """Read one page up to `rereads` times.
+
+        Stops as soon as it is as approved. A page that gives another digest at every try
+        is TORN. When the last try cannot be read the digest is None.
+        """
+        expected = self._snapshot.digests[index].tobytes()
+        frames = self._snapshot.frames[index : index + 1]
+        seen: list[bytes] = []
+        for _ in range(max(1, self._rereads)):
+            status = PageStatus(int(self._source.read(frames, self._page)[0]))
+            if status is not PageStatus.OK:
+                return None, status
+            digest = self._digester.hash_pages(self._page)[0][0].tobytes()
+            if digest == expected:
+                return digest, PageStatus.OK
+            seen.append(digest)
+        torn = len(seen) > 1 and len(set(seen)) == len(seen)
+        return seen[-1], PageStatus.TORN if torn else PageStatus.OK
+
+    def _finding(
+        self, sweep_id: str, index: int, status: PageStatus, actual: bytes | None
+    ) -> Finding:
+        snapshot = self._snapshot
+        address = int(snapshot.addresses[index])
+        return Finding(
+            id=new_id(),
+            sweep=sweep_id,
+            kind=FindingKind.UNREADABLE if actual is None else FindingKind.DIGEST,
+            status=status,
+            address=address,
+            frame=int(snapshot.frames[index]),
+            place=place(address, int(snapshot.flags[index]), snapshot.kernel),
+            expected=snapshot.digests[index].tobytes().hex(),
+            actual=actual.hex() if actual is not None else "",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Examined:
+    findings: tuple[Finding, ...]
+    suspects: tuple[SuspectPage, ...]
+    transient: int  # as approved when read again
+    lost: int  # read at first, unreadable when read again
+
+
+def _join(parts: list[Comparison]) -> Comparison:
+    starts = np.cumsum([0, *(len(part.statuses) for part in parts[:-1])])
+    indices = [
+        part.indices + np.uint64(start) for part, start in zip(parts, starts.tolist(), strict=True)
+    ]
+    return Comparison(
+        statuses=np.concatenate([part.statuses for part in parts]),
+        indices=np.concatenate(indices)[:REREAD_PAGES_MAX],
+        ok=sum(part.ok for part in parts),
+        mismatched=sum(part.mismatched for part in parts),
+        unreadable=sum(part.unreadable for part in parts),
+    )
