@@ -1,0 +1,63 @@
+"""The command `pyscan`: arguments, exit status, and nothing that decides.
+
+One module per group of commands; each has `add(commands)`, which declares its arguments
+and names the function that runs them.
+
+Exit status: 0 approved or done, 1 unapproved, 2 wrong usage or a bad file, 3 undecided
+(unreadable, kernel not found), 4 failed, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from pyscan import __version__
+from pyscan.cli import approve, demo, evidence, keys, programs, scan, sources
+from pyscan.cli.base import Command
+from pyscan.errors import ExitStatus, PyscanError
+
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status. No traceback reaches an operator."""
+    options = _parser().parse_args(arguments)
+    command: Command = options.command
+    try:
+        return int(command(options))
+    except PyscanError as error:
+        print(f"pyscan: {error}", file=sys.stderr)
+        return int(error.exit_status)
+    except KeyboardInterrupt:
+        print("pyscan: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output is gone: keep the interpreter from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return int(ExitStatus.FAILED)
+    except Exception as error:
+        if os.environ.get("PYSCAN_TRACEBACK"):
+            raise
+        print(
+            f"pyscan: internal error: {type(error).__name__}: {error}; "
+            "please report it with the traceback that PYSCAN_TRACEBACK=1 prints",
+            file=sys.stderr,
+        )
+        return int(ExitStatus.FAILED)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pyscan",
+        description="Out-of-band memory integrity for servers and virtual machines.",
+        epilog="Exit status: 0 approved or done, 1 unapproved, 2 wrong usage or bad file, "
+        "3 undecided, 4 failed. Every command has --help with an example.",
+    )
+    parser.add_argument("--version", action="version", version=f"pyscan {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for group in (demo, approve, scan, programs, evidence, keys, sources):
+        group.add(commands)
+    return parser

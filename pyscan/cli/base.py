@@ -1,0 +1,106 @@
+"""What all commands share: how one is declared, and which keys an operator has."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from pyscan.errors import ExitStatus, UsageError
+from pyscan.keys import KeyRing, PublicKey, SigningKey
+
+if TYPE_CHECKING:
+    Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
+
+Command: TypeAlias = Callable[[argparse.Namespace], ExitStatus]
+
+SOURCE_HELP = "a source URI: file:/path/ram.img?machine=q35&size=512M or qemu:/path/qmp.sock"
+
+
+def add_command(
+    commands: Commands, name: str, function: Command, text: str, example: str
+) -> argparse.ArgumentParser:
+    """Declare a command; `text` is its one line in the list and starts its own help."""
+    parser = commands.add_parser(
+        name,
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command=function)
+    return parser
+
+
+def add_group(commands: Commands, name: str, text: str) -> Commands:
+    """Declare a command that has commands of its own."""
+    parser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    return parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """The arguments of every command that reads a target."""
+    parser.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
+    parser.add_argument(
+        "--digest",
+        metavar="BACKEND",
+        default="native",
+        help="digest backend: native (default) or numba",
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """`--json`."""
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def add_trust(parser: argparse.ArgumentParser, whose: str) -> None:
+    """`--trust`, which may be given several times."""
+    parser.add_argument(
+        "--trust",
+        metavar="PUB",
+        type=Path,
+        action="append",
+        default=[],
+        help=f"public key of {whose}; may be given several times",
+    )
+
+
+def own_key() -> SigningKey:
+    """The operator's own approver key, made at the first use."""
+    path = _home() / "approver.key"
+    if path.exists():
+        return SigningKey.load(path)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    key = SigningKey.generate()
+    key.save(path)
+    key.public.save(path.with_name("approver.pub"))
+    print(f"pyscan: made a key to sign with: {path}", file=sys.stderr)
+    return key
+
+
+def approvers(trusted: Sequence[Path]) -> KeyRing:
+    """The keys given with --trust, else the operator's own. Raises UsageError if none."""
+    if trusted:
+        return key_ring(trusted)
+    path = _home() / "approver.pub"
+    if not path.exists():
+        raise UsageError(
+            f"no approver is trusted: {path} does not exist; pass the public key with --trust"
+        )
+    return key_ring([path])
+
+
+def key_ring(paths: Sequence[Path]) -> KeyRing:
+    """A ring of public key files, each named by its file."""
+    return KeyRing.of({path.stem: PublicKey.load(path) for path in paths})
+
+
+def _home() -> Path:
+    """PYSCAN_HOME, else XDG_CONFIG_HOME/pyscan, else ~/.config/pyscan."""
+    if home := os.environ.get("PYSCAN_HOME"):
+        return Path(home)
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "pyscan"

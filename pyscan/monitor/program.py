@@ -1,0 +1,157 @@
+"""`pyscan monitor`: watches all configured targets and publishes what it finds.
+
+Order of events for a verdict: the suspect pages and the findings are in the evidence,
+then the verdict is in evidence and outbox, and only then it leaves. A broker that is away
+delays a verdict; it cannot lose it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sqlite3
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from pyscan import protocol, runtime
+from pyscan.approved import load_approved
+from pyscan.config import MonitorConfig, Target, load_monitor
+from pyscan.digest import Digester, open_digester
+from pyscan.errors import TransportError
+from pyscan.evidence import EvidenceLog, message_body
+from pyscan.monitor.watch import Judgement, Watch, WatchSettings
+from pyscan.outbox import Outbox, open_database, transaction
+from pyscan.records import PAGE_SIZE, VerdictState
+from pyscan.transport import Link, Publication
+
+log = logging.getLogger(__name__)
+
+NAME: Final = "monitor"
+
+
+def run_program(path: Path, check_only: bool) -> int:
+    """Run the monitor until a signal; returns its exit status."""
+    return runtime.run_program(NAME, path, load_monitor, run, check_only=check_only)
+
+
+async def run(config: MonitorConfig) -> None:
+    """Watch every target until cancelled. Raises PyscanError for what cannot be started."""
+    config.state.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        database = stack.enter_context(contextlib.closing(open_database(config.state.database)))
+        evidence = stack.enter_context(
+            EvidenceLog.open(config.state.evidence, config.identity.key, config.identity.name)
+        )
+        await _Monitor(config, database, evidence).run()
+
+
+class _Monitor:
+    """The stages of a running monitor: one watch per target, a link, an outbox pump."""
+
+    def __init__(
+        self, config: MonitorConfig, database: sqlite3.Connection, evidence: EvidenceLog
+    ) -> None:
+        self._config = config
+        self._database = database
+        self._evidence = evidence
+        self._outbox = Outbox(database)
+        digester = open_digester(config.sweep.digest)
+        self._watches = {target.name: self._watch(target, digester) for target in config.target}
+        self._link = Link(
+            config.link_settings(NAME),
+            will=lambda: self._status("offline"),
+            greeting=lambda: [self._status("online")],
+        )
+
+    async def run(self) -> None:
+        """Run all stages until one fails or the program is cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._link.run(), name="link")
+            group.create_task(self._link.pump(self._outbox), name="outbox")
+            group.create_task(self._heartbeat(), name="heartbeat")
+            for name, watch in self._watches.items():
+                group.create_task(watch.run(), name=f"watch {name}")
+            runtime.note_state(NAME, runtime.ProgramState.RUNNING)
+
+    def _watch(self, target: Target, digester: Digester) -> Watch:
+        snapshot, approver = load_approved(target.approved, self._config.trust.approver_ring())
+        log.info(
+            "target=%s source=%s approved=%s approver=%s pages=%d digest=%s",
+            target.name,
+            target.source,
+            target.approved,
+            approver,
+            snapshot.pages,
+            digester.form,
+        )
+        settings = WatchSettings(
+            monitor=self._config.identity.name,
+            target=target.name,
+            host=target.host,
+            vm=target.vm,
+            source=target.source,
+            interval_ms=self._config.sweep.interval_ms,
+            rereads=self._config.sweep.rereads,
+        )
+        return Watch(settings, snapshot, digester, self._publish)
+
+    async def _publish(self, judgement: Judgement) -> None:
+        """Make a verdict durable, then let it go."""
+        verdict = judgement.verdict
+        pages = {suspect.finding: suspect for suspect in judgement.suspects}
+        for finding in verdict.findings:
+            body: dict[str, object] = {**asdict(finding), "status": finding.status.name.lower()}
+            if suspect := pages.get(finding.id):
+                body["page"] = self._evidence.attach(suspect.data)
+            self._evidence.append("finding", body)
+        envelope = protocol.encode_verdict(verdict, self._config.identity.key)
+        topic = protocol.verdict_topic(verdict.monitor, verdict.target)
+        self._evidence.append("verdict", message_body(verdict.id, topic, envelope))
+        with transaction(self._database):
+            self._outbox.put(topic, envelope, message_id=verdict.id)
+        self._link.wake()
+        level = logging.INFO if verdict.state is VerdictState.APPROVED else logging.WARNING
+        log.log(
+            level,
+            "target=%s verdict=%s id=%s findings=%d reason=%s",
+            verdict.target,
+            verdict.state,
+            verdict.id,
+            verdict.findings_total,
+            verdict.reason,
+        )
+
+    async def _heartbeat(self) -> None:
+        """Tell how the sweeps go. Information only: nothing decides by it, so it may be lost."""
+        topic = protocol.sweep_topic(self._config.identity.name)
+        while True:
+            await asyncio.sleep(self._config.sweep.heartbeat_ms / 1e3)
+            payload = msgspec.json.encode({"v": 1, "at": time.time_ns(), "targets": self._counts()})
+            with contextlib.suppress(TransportError):
+                await self._link.publish(Publication(topic, payload, retain=True))
+
+    def _counts(self) -> Iterable[dict[str, object]]:
+        return [
+            {
+                "target": name,
+                "state": watch.counters.state,
+                "sweeps": watch.counters.sweeps,
+                "bytes": watch.counters.pages * PAGE_SIZE,
+                "unreadable": watch.counters.unreadable,
+                "transient": watch.counters.transient,
+                "busy_ns": watch.counters.busy_ns,
+                "pages": watch.pages,
+            }
+            for name, watch in self._watches.items()
+        ]
+
+    def _status(self, state: str) -> Publication:
+        payload = msgspec.json.encode({"v": 1, "state": state, "at": time.time_ns()})
+        topic = protocol.monitor_status_topic(self._config.identity.name)
+        return Publication(topic, payload, retain=True)

@@ -1,0 +1,216 @@
+"""One watched target: open, sweep, judge, tell what changed.
+
+The watch runs as one task of the monitor. Native calls leave the event loop; the loop
+only sees results. A target that is out of reach is swept again and again: its verdict is
+`undecided` for as long as that lasts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Final
+
+from pyscan.approved import Snapshot
+from pyscan.digest import Digester
+from pyscan.errors import TargetUnavailable
+from pyscan.ids import new_id
+from pyscan.policy import judge
+from pyscan.records import Finding, FindingKind, PageStatus, Sweep, Verdict, VerdictState
+from pyscan.scanner import Scanner, SuspectPage, SweepResult
+from pyscan.sources import Source, open_source
+
+log = logging.getLogger(__name__)
+
+#: The page tables are walked with every sweep that finds a difference, and at least this often.
+WALK_INTERVAL_S: Final = 1.0
+#: A verdict that is not `approved` is published again, with a new id, after this time and then
+#: ever more rarely: a broker that is killed may lose what it has confirmed, and a control that
+#: was away for long must hear of it while it is fresh.
+REFRESH_FIRST_S: Final = 2.0
+REFRESH_MAX_S: Final = 300.0
+#: Changes of a verdict that are published within CHANGES_WINDOW_S. A target that flips a byte
+#: back and forth must not fill outbox and evidence; the latest state is published when the
+#: window has moved on.
+CHANGES_MAX: Final = 16
+CHANGES_WINDOW_S: Final = 60.0
+#: Pause before an unreachable target is tried again.
+RETRY_S: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class WatchSettings:
+    """What one watch needs to know."""
+
+    monitor: str
+    target: str
+    host: str
+    vm: str
+    source: str
+    interval_ms: int
+    rereads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """A verdict that must be recorded and published, with the pages behind it."""
+
+    verdict: Verdict
+    suspects: tuple[SuspectPage, ...]
+
+
+@dataclass(slots=True)
+class WatchCounters:
+    """How the sweeps of one target go; read by the heartbeat."""
+
+    sweeps: int = 0
+    pages: int = 0
+    unreadable: int = 0
+    transient: int = 0
+    busy_ns: int = 0  # time spent sweeping
+    state: VerdictState | None = None
+
+
+class Watch:
+    """Sweeps one target until it is cancelled and hands every changed verdict to `publish`."""
+
+    def __init__(
+        self,
+        settings: WatchSettings,
+        snapshot: Snapshot,
+        digester: Digester,
+        publish: Callable[[Judgement], Awaitable[None]],
+    ) -> None:
+        self._settings = settings
+        self._snapshot = snapshot
+        self._digester = digester
+        self._publish = publish
+        self._published: tuple[object, ...] = ()
+        self._published_at = float("-inf")
+        self._refresh_s = REFRESH_FIRST_S
+        self._changes: deque[float] = deque(maxlen=CHANGES_MAX)
+        self._walked_at = float("-inf")
+        self.counters = WatchCounters()
+
+    @property
+    def pages(self) -> int:
+        """Number of watched pages."""
+        return self._snapshot.pages
+
+    async def run(self) -> None:
+        """Open the target, sweep it, and open it again whenever it was lost."""
+        while True:
+            try:
+                source = await asyncio.to_thread(open_source, self._settings.source)
+                try:
+                    await self._sweep_until_lost(source)
+                finally:
+                    source.close()
+            except TargetUnavailable as error:
+                await self._judge(self._lost(str(error)))
+            await asyncio.sleep(RETRY_S)
+
+    async def _sweep_until_lost(self, source: Source) -> None:
+        settings = self._settings
+        scanner = Scanner(
+            source,
+            self._snapshot,
+            self._digester,
+            target=settings.target,
+            rereads=settings.rereads,
+        )
+        interval_s = settings.interval_ms / 1e3
+        while True:
+            started = time.monotonic()
+            # A finding in the page tables is seen only by a walk: keep walking until it is gone.
+            suspicious = self.counters.state is not VerdictState.APPROVED
+            walk = suspicious or started - self._walked_at >= WALK_INTERVAL_S
+            result = await asyncio.to_thread(scanner.sweep, walk_tables=walk)
+            if result.walked_tables:
+                self._walked_at = started
+            self._count(result.sweep)
+            await self._judge(result)
+            await asyncio.sleep(max(0.0, interval_s - (time.monotonic() - started)))
+
+    async def _judge(self, result: SweepResult) -> None:
+        """Publish the verdict of a sweep if it is news, or old enough to be said again."""
+        state, reason = judge(result.sweep)
+        self.counters.state = state
+        now = time.monotonic()
+        content = (state, *((f.kind, f.address, f.frame) for f in result.sweep.findings))
+        changed = content != self._published
+        due = now - self._published_at >= self._refresh_s
+        refresh = due and state is not VerdictState.APPROVED
+        if not (changed or refresh):
+            return
+        first_alarm = state is VerdictState.UNAPPROVED and self._published[:1] != (state,)
+        if not first_alarm and not self._may_change(now):
+            return
+        self._changes.append(now)
+        self._refresh_s = REFRESH_FIRST_S if changed else min(2 * self._refresh_s, REFRESH_MAX_S)
+        self._published, self._published_at = content, now
+        verdict = self._verdict(result.sweep, state, reason)
+        await self._publish(Judgement(verdict, result.suspects))
+
+    def _may_change(self, now: float) -> bool:
+        full = len(self._changes) == CHANGES_MAX
+        return not full or now - self._changes[0] >= CHANGES_WINDOW_S
+
+    def _verdict(self, sweep: Sweep, state: VerdictState, reason: str) -> Verdict:
+        settings = self._settings
+        return Verdict(
+            id=new_id(),
+            sweep=sweep.id,
+            monitor=settings.monitor,
+            target=settings.target,
+            host=settings.host,
+            vm=settings.vm,
+            state=state,
+            reason=reason,
+            decided_ns=time.time_ns(),
+            watched=sweep.watched,
+            ok=sweep.ok,
+            unreadable=sweep.unreadable,
+            findings=sweep.findings,
+            findings_total=sweep.findings_total,
+        )
+
+    def _lost(self, reason: str) -> SweepResult:
+        """The sweep of a target out of reach: every page unread, one finding that says why."""
+        sweep_id = new_id()
+        finding = Finding(
+            id=new_id(),
+            sweep=sweep_id,
+            kind=FindingKind.UNREADABLE,
+            status=PageStatus.LINK_DOWN,
+            place="target",
+            actual=reason,
+        )
+        watched = self._snapshot.pages
+        sweep = Sweep(
+            id=sweep_id,
+            target=self._settings.target,
+            number=0,
+            started_ns=time.time_ns(),
+            duration_ns=0,
+            watched=watched,
+            ok=0,
+            mismatched=0,
+            unreadable=watched,
+            findings=(finding,),
+            findings_total=watched,
+        )
+        self._count(sweep)
+        return SweepResult(sweep, (), None, walked_tables=True)
+
+    def _count(self, sweep: Sweep) -> None:
+        counters = self.counters
+        counters.sweeps += 1
+        counters.pages += sweep.watched
+        counters.unreadable += sweep.unreadable
+        counters.transient += sweep.transient
+        counters.busy_ns += sweep.duration_ns
