@@ -51,7 +51,7 @@ def judge(sweep: Sweep) -> tuple[VerdictState, str]:
     elif sweep.mismatched:
         state, reason = (
             VerdictState.UNAPPROVED,
-            f"{sweep.mismatched} of {sweep.watched} pages are not as approved{where}",
+            f"{sweep.mismatched} of {sweep.watched} pages {_are(sweep.mismatched)} not as approved{where}",
         )
     elif kinds & {FindingKind.MAPPING, FindingKind.DIGEST}:
         state, reason = (
@@ -78,6 +78,10 @@ def judge(sweep: Sweep) -> tuple[VerdictState, str]:
     else:
         state, reason = VerdictState.APPROVED, f"all {sweep.watched} pages are as approved"
     return state, reason
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from pyscan.lab.broker import Broker, Role
 from pyscan.lab.guest import Guest, GuestOptions
-from pyscan.lab.process import RunDirectory, unwind_on_sigterm
+from pyscan.lab.process import RunDirectory, unwind_on
 
 BootGuest = Callable[..., Guest]
 
@@ -27,7 +28,7 @@ IDENTITIES = {
 @pytest.fixture(scope="session", autouse=True)
 def _clean_on_sigterm() -> Iterator[None]:
     """A test run that is told to stop removes its guests and RAM files, too."""
-    with unwind_on_sigterm():
+    with unwind_on(signal.SIGTERM):
         yield
 
 

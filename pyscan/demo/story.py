@@ -8,6 +8,7 @@ messages against their signatures, the evidence against its hash chain.
 from __future__ import annotations
 
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,7 +27,7 @@ from pyscan.evidence import EvidenceSummary, verify_directory
 from pyscan.keys import KeyRing
 from pyscan.lab.broker import Broker
 from pyscan.lab.guest import Accelerator, Guest, GuestOptions, TamperKind
-from pyscan.lab.process import RunDirectory, unwind_on_sigterm
+from pyscan.lab.process import RunDirectory, unwind_on
 from pyscan.lab.ram import ByteChange, Machine
 from pyscan.records import (
     PAGE_SIZE,
@@ -101,7 +102,7 @@ def run_demo(options: DemoOptions) -> ExitStatus:
         raise UsageError(f"{options.keep} is not empty; choose a new directory for the evidence")
     started = time.monotonic()
     steps = _Steps(render.console(stderr=options.json))
-    with unwind_on_sigterm():
+    with unwind_on(signal.SIGINT, signal.SIGTERM):
         document = _Story(options, steps).tell()
     document["seconds"] = round(time.monotonic() - started, 1)
     if options.json:

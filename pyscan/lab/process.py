@@ -183,9 +183,9 @@ class RunDirectory:
     def ram_file(self, name: str, length: int) -> Path:
         """Create a private file of `length` bytes of shared memory and return its path."""
         path = _SHARED_MEMORY / f"{self.path.name}-{name}"
+        self._ram_files.append(path)  # first: an interrupt may come at any moment
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            self._ram_files.append(path)
             try:
                 os.ftruncate(descriptor, length)
             finally:
@@ -209,14 +209,26 @@ class RunDirectory:
 
 
 @contextmanager
-def unwind_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM unwind the main thread, as SIGINT does, so that contexts clean up."""
+def unwind_on(*numbers: signal.Signals) -> Iterator[None]:
+    """Let the first of these signals unwind the main thread, so that contexts clean up.
+
+    The others, and the same again, are ignored from then on: cleaning up must not be cut
+    short by a second Ctrl-C. The exit status is 128 + the signal's number, as a shell
+    gives it; SIGINT unwinds as KeyboardInterrupt.
+    """
+    previous = {number: signal.getsignal(number) for number in numbers}
 
     def leave(number: int, _frame: FrameType | None) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
         sys.exit(128 + number)
 
-    previous = signal.signal(signal.SIGTERM, leave)
+    for number in numbers:
+        signal.signal(number, leave)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -18,9 +18,9 @@ from pyscan.lab.process import Child, RunDirectory
 PARENT = """
 import signal
 from pathlib import Path
-from pyscan.lab.process import Child, RunDirectory, unwind_on_sigterm
+from pyscan.lab.process import Child, RunDirectory, unwind_on
 
-with unwind_on_sigterm(), RunDirectory() as run:
+with unwind_on(signal.SIGTERM), RunDirectory() as run:
     ram = run.ram_file("ram", 4096)
     with Child("sleeper", ["sleep", "600"], log=run.path / "log") as child:
         print(child.pid, run.path, ram, flush=True)
