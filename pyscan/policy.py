@@ -51,7 +51,8 @@ def judge(sweep: Sweep) -> tuple[VerdictState, str]:
     elif sweep.mismatched:
         state, reason = (
             VerdictState.UNAPPROVED,
-            f"{sweep.mismatched} of {sweep.watched} pages {_are(sweep.mismatched)} not as approved{where}",
+            f"{sweep.mismatched} of {sweep.watched} pages "
+            f"{'is' if sweep.mismatched == 1 else 'are'} not as approved{where}",
         )
     elif kinds & {FindingKind.MAPPING, FindingKind.DIGEST}:
         state, reason = (
@@ -78,10 +79,6 @@ def judge(sweep: Sweep) -> tuple[VerdictState, str]:
     else:
         state, reason = VerdictState.APPROVED, f"all {sweep.watched} pages are as approved"
     return state, reason
-
-
-def _are(count: int) -> str:
-    return "is" if count == 1 else "are"
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,7 @@ class Appliance:
         self._directory = directory
         self._broker = broker
         self._wiring = wiring
-        self._children: list[Child] = []
+        self._children: dict[str, Child] = {}
         self.approved = directory / "guest.approved"
         self._keys = {}
         for name in (*IDENTITIES, "approver"):
@@ -92,19 +92,32 @@ class Appliance:
     def start(self) -> None:
         """Start the three programs; they find each other through the broker."""
         for program in ("control", "agent", "monitor"):
-            config = self._directory / f"{program}.toml"
-            self._children.append(self._start(program, [program, "--config", str(config)]))
+            self.start_program(program)
+
+    def start_program(self, program: str) -> None:
+        """Start one program, or start it again after it was killed."""
+        config = self._directory / f"{program}.toml"
+        self._children[program] = self._start(program, [program, "--config", str(config)])
+
+    def kill(self, program: str) -> None:
+        """SIGKILL one program: it gets no chance to clean up."""
+        self._children.pop(program).kill()
+
+    def wait_logged(self, program: str, text: str, timeout_s: float) -> None:
+        """Wait until a program's log contains `text`. Raises LabError."""
+        child = self._children[program]
+        child.wait_until(lambda: text in child.log.read_text(), timeout_s, f"{text!r} in its log")
 
     def check_alive(self) -> None:
         """Raises LabError when a program has ended by itself."""
-        for child in self._children:
+        for child in self._children.values():
             if child.exit_status is not None:
                 raise child.failure(f"ended with status {child.exit_status}")
 
     def stop(self) -> None:
         """SIGTERM to all; raises LabError unless every program stops cleanly (status 0)."""
-        children, self._children = self._children, []
-        statuses = [(child, child.stop()) for child in reversed(children)]
+        children, self._children = self._children, {}
+        statuses = [(child, child.stop()) for child in reversed(children.values())]
         for child, status in statuses:
             if status:
                 raise child.failure(f"did not stop cleanly, status {status}")
@@ -125,7 +138,7 @@ class Appliance:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for child in self._children:
+        for child in self._children.values():
             child.stop()
 
     def _start(self, name: str, arguments: Sequence[str]) -> Child:
