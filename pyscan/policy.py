@@ -59,6 +59,8 @@ def judge(sweep: Sweep) -> tuple[VerdictState, str]:
             VerdictState.UNAPPROVED,
             f"kernel addresses lead elsewhere than approved{where}",
         )
+    elif kinds == {FindingKind.ATTACH, FindingKind.UNREADABLE}:
+        state, reason = VerdictState.UNDECIDED, "pages or page tables could not be read"
     elif FindingKind.ATTACH in kinds:
         state, reason = (
             VerdictState.UNDECIDED,

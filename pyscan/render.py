@@ -30,11 +30,17 @@ STYLES: Final = {
 NOT_JUDGED: Final = "registers, caches, writable data"
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to the command line: rich would exit with status 1, which means unapproved."""
+        raise  # noqa: PLE0704 - called while the BrokenPipeError is handled
+
+
 def console(*, stderr: bool = False) -> Console:
     """A console that is plain and wide when it is not a terminal."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else PLAIN_WIDTH
-    return Console(file=stream, width=width, highlight=False)
+    return _Console(file=stream, width=width, highlight=False)
 
 
 def progress(out: Console) -> Progress:
@@ -66,7 +72,8 @@ def print_facts(
         table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")
         for name, value in rows:
-            table.add_row(name, value)
+            # A bare string would be read as markup, and names come from anywhere.
+            table.add_row(Text(name), value if isinstance(value, Text) else Text(value))
         out.print(table)
         return
     for name, value in rows:

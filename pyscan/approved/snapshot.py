@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from pyscan.digest import Digester
 from pyscan.errors import ApprovedFileError, SourceUnavailable, TargetUnavailable
-from pyscan.kernel import KernelImage, find_kernel, watched_pages
+from pyscan.kernel import EXECUTABLE, KernelImage, find_kernel, watched_pages
 from pyscan.records import PAGE_SIZE, MemoryMap, MemoryRegion, PageStatus, RegionKind
 from pyscan.sources import Source
 
@@ -94,6 +94,8 @@ class Snapshot:
         digests = np.frombuffer(_typed(payload, "digests", bytes), dtype=np.uint8)
         if not count == len(frames) == len(flags) or len(digests) != count * DIGEST_BYTES:
             raise ApprovedFileError("the page columns differ in length")
+        if np.any(flags & ~np.uint8(EXECUTABLE)):
+            raise ApprovedFileError("a page has unknown flags")
         return cls(
             created_ns=_typed(payload, "created_ns", int),
             source=_typed(payload, "source", str),
@@ -204,7 +206,7 @@ def _region(row: object) -> MemoryRegion:
     if not isinstance(row, list) or len(row) != 3:
         raise ValueError(f"{row!r} is not a region")
     gpa, length, kind = row
-    if type(gpa) is not int or type(length) is not int or max(gpa, length) >= 1 << 64:
+    if type(gpa) is not int or type(length) is not int or gpa + length > 1 << 64:
         raise ValueError(f"{row!r} is not a region")
     return MemoryRegion(gpa, length, RegionKind(kind))
 

@@ -10,6 +10,7 @@ Exit status: 0 approved or done, 1 unapproved, 2 wrong usage or a bad file, 3 un
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -24,18 +25,23 @@ INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status. No traceback reaches an operator."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file name may be any bytes
     options = _parser().parse_args(arguments)
     command: Command = options.command
     try:
-        return int(command(options))
+        status = int(command(options))
+        sys.stdout.flush()
     except PyscanError as error:
         print(f"pyscan: {error}", file=sys.stderr)
         return int(error.exit_status)
     except KeyboardInterrupt:
         print("pyscan: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output is gone: keep the interpreter from complaining at exit.
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            print(f"pyscan: {error}; check disk space and permissions", file=sys.stderr)
+        # What could not be written must not fail once more when the interpreter ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return int(ExitStatus.FAILED)
     except Exception as error:
@@ -47,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return int(ExitStatus.FAILED)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:

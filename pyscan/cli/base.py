@@ -74,7 +74,13 @@ def own_key() -> SigningKey:
     path = _home() / "approver.key"
     if path.exists():
         return SigningKey.load(path)
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"{path.parent}: cannot hold your key: {error.strerror}; set PYSCAN_HOME, or pass "
+            "a key with --sign"
+        ) from error
     key = SigningKey.generate()
     key.save(path)
     key.public.save(path.with_name("approver.pub"))
@@ -95,8 +101,13 @@ def approvers(trusted: Sequence[Path]) -> KeyRing:
 
 
 def key_ring(paths: Sequence[Path]) -> KeyRing:
-    """A ring of public key files, each named by its file."""
-    return KeyRing.of({path.stem: PublicKey.load(path) for path in paths})
+    """A ring of public key files, each named by its file. Raises UsageError."""
+    named: dict[str, Path] = {}
+    for path in paths:
+        # The name tells whose key it is: one of two namesakes must not silently win.
+        if named.setdefault(path.stem, path) != path:
+            raise UsageError(f"{named[path.stem]} and {path}: two keys of one name; rename a file")
+    return KeyRing.of({name: PublicKey.load(path) for name, path in named.items()})
 
 
 def _home() -> Path:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pyscan import render
 from pyscan.cli.base import add_command, add_group
-from pyscan.errors import ExitStatus
+from pyscan.errors import ExitStatus, UsageError
 from pyscan.keys import SigningKey
 
 if TYPE_CHECKING:
@@ -29,13 +29,20 @@ def add(commands: Commands) -> None:
 
 
 def run_create(options: argparse.Namespace) -> ExitStatus:
-    """Make both files; an existing file is never overwritten."""
+    """Make both files or none; an existing file is never overwritten."""
+    private: Path = options.path
+    if not private.name:
+        raise UsageError(f"{private}: not a file name")
     key = SigningKey.generate()
-    public = options.path.with_name(options.path.name + ".pub")
-    key.save(options.path)
-    key.public.save(public)
+    public = private.with_name(private.name + ".pub")
+    key.save(private)
+    try:
+        key.public.save(public)
+    except UsageError:
+        private.unlink()
+        raise
     render.print_facts(
         render.console(),
-        [("private", str(options.path)), ("public", str(public)), ("key id", key.key_id.hex())],
+        [("private", str(private)), ("public", str(public)), ("key id", key.key_id.hex())],
     )
     return ExitStatus.APPROVED

@@ -13,14 +13,14 @@ import logging
 import sqlite3
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
 from pyscan import protocol, runtime
-from pyscan.approved import load_approved
+from pyscan.approved import Snapshot, load_approved
 from pyscan.config import MonitorConfig, Target, load_monitor
 from pyscan.digest import Digester, open_digester
 from pyscan.errors import TransportError
@@ -28,6 +28,7 @@ from pyscan.evidence import EvidenceLog, message_body
 from pyscan.monitor.watch import Judgement, Watch, WatchSettings
 from pyscan.outbox import Outbox, open_database, transaction
 from pyscan.records import PAGE_SIZE, VerdictState
+from pyscan.sources.uri import parse_uri
 from pyscan.transport import Link, Publication
 
 log = logging.getLogger(__name__)
@@ -35,34 +36,55 @@ log = logging.getLogger(__name__)
 NAME: Final = "monitor"
 
 
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A configuration with what its targets' files hold: (target, snapshot, approver)."""
+
+    config: MonitorConfig
+    targets: tuple[tuple[Target, Snapshot, str], ...]
+
+
 def run_program(path: Path, check_only: bool) -> int:
     """Run the monitor until a signal; returns its exit status."""
-    return runtime.run_program(NAME, path, load_monitor, run, check_only=check_only)
+    return runtime.run_program(NAME, path, _load, _run, check_only=check_only)
 
 
-async def run(config: MonitorConfig) -> None:
+def _load(path: Path) -> _Plan:
+    """Everything that can be checked without broker and target. Raises PyscanError."""
+    config = load_monitor(path)
+    ring = config.trust.approver_ring()
+    targets = []
+    for target in config.target:
+        parse_uri(target.source)
+        targets.append((target, *load_approved(target.approved, ring)))
+    return _Plan(config, tuple(targets))
+
+
+async def _run(plan: _Plan) -> None:
     """Watch every target until cancelled. Raises PyscanError for what cannot be started."""
+    config = plan.config
     config.state.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         database = stack.enter_context(contextlib.closing(open_database(config.state.database)))
         evidence = stack.enter_context(
             EvidenceLog.open(config.state.evidence, config.identity.key, config.identity.name)
         )
-        await _Monitor(config, database, evidence).run()
+        await _Monitor(plan, database, evidence).run()
 
 
 class _Monitor:
     """The stages of a running monitor: one watch per target, a link, an outbox pump."""
 
-    def __init__(
-        self, config: MonitorConfig, database: sqlite3.Connection, evidence: EvidenceLog
-    ) -> None:
-        self._config = config
+    def __init__(self, plan: _Plan, database: sqlite3.Connection, evidence: EvidenceLog) -> None:
+        self._config = config = plan.config
         self._database = database
         self._evidence = evidence
         self._outbox = Outbox(database)
         digester = open_digester(config.sweep.digest)
-        self._watches = {target.name: self._watch(target, digester) for target in config.target}
+        self._watches = {
+            target.name: self._watch(target, snapshot, approver, digester)
+            for target, snapshot, approver in plan.targets
+        }
         self._link = Link(
             config.link_settings(NAME),
             will=lambda: self._status("offline"),
@@ -79,8 +101,9 @@ class _Monitor:
                 group.create_task(watch.run(), name=f"watch {name}")
             runtime.note_state(NAME, runtime.ProgramState.RUNNING)
 
-    def _watch(self, target: Target, digester: Digester) -> Watch:
-        snapshot, approver = load_approved(target.approved, self._config.trust.approver_ring())
+    def _watch(
+        self, target: Target, snapshot: Snapshot, approver: str, digester: Digester
+    ) -> Watch:
         log.info(
             "target=%s source=%s approved=%s approver=%s pages=%d digest=%s",
             target.name,

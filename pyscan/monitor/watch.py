@@ -17,7 +17,7 @@ from typing import Final
 
 from pyscan.approved import Snapshot
 from pyscan.digest import Digester
-from pyscan.errors import TargetUnavailable
+from pyscan.errors import FileFormatError, SourceUnavailable, TargetUnavailable, UsageError
 from pyscan.ids import new_id
 from pyscan.policy import judge
 from pyscan.records import Finding, FindingKind, PageStatus, Sweep, Verdict, VerdictState
@@ -94,6 +94,7 @@ class Watch:
         self._refresh_s = REFRESH_FIRST_S
         self._changes: deque[float] = deque(maxlen=CHANGES_MAX)
         self._walked_at = float("-inf")
+        self._opened = False
         self.counters = WatchCounters()
 
     @property
@@ -102,10 +103,13 @@ class Watch:
         return self._snapshot.pages
 
     async def run(self) -> None:
-        """Open the target, sweep it, and open it again whenever it was lost."""
+        """Open the target, sweep it, and open it again whenever it was lost.
+
+        Raises UsageError when the target's URI turns out to be wrong at the first opening.
+        """
         while True:
             try:
-                source = await asyncio.to_thread(open_source, self._settings.source)
+                source = await self._open()
                 try:
                     await self._sweep_until_lost(source)
                 finally:
@@ -114,7 +118,23 @@ class Watch:
                 await self._judge(self._lost(str(error)))
             await asyncio.sleep(RETRY_S)
 
+    async def _open(self) -> Source:
+        """Open the target. Once it was open, whatever keeps it from opening is a loss.
+
+        A virtual machine that comes back with other memory must not end the watching of
+        all others.
+        """
+        try:
+            source = await asyncio.to_thread(open_source, self._settings.source)
+        except (FileFormatError, UsageError) as error:
+            if isinstance(error, UsageError) and not self._opened:
+                raise
+            raise SourceUnavailable(str(error)) from error
+        self._opened = True
+        return source
+
     async def _sweep_until_lost(self, source: Source) -> None:
+        """Sweep until the source is gone, or nothing can be read through it any more."""
         settings = self._settings
         scanner = Scanner(
             source,
@@ -134,6 +154,8 @@ class Watch:
                 self._walked_at = started
             self._count(result.sweep)
             await self._judge(result)
+            if result.sweep.unreadable == result.sweep.watched:
+                return
             await asyncio.sleep(max(0.0, interval_s - (time.monotonic() - started)))
 
     async def _judge(self, result: SweepResult) -> None:

@@ -50,10 +50,12 @@ def check_mapping(sweep_id: str, snapshot: Snapshot, source: Source) -> MappingC
     """Findings for approved addresses that lead elsewhere, lost a protection, or are gone.
 
     When most of them are, or when the tables are not those of the running kernel any more
-    (an old kernel's image may survive a reboot intact), one finding says so. Every anomaly
-    of the tables (writable and executable, wild pointers, hostile shapes) is a finding
-    too: none was there when the snapshot was enrolled. What hangs below a table that
-    cannot be read is unreadable, not gone.
+    (an old kernel's image may survive a reboot intact), one finding says so. It stands for
+    all that are gone when most are, and never for one that leads elsewhere: whoever leads
+    most of a kernel to copies of its pages must not pass for a reboot. Every anomaly of
+    the tables (writable and executable, wild pointers, hostile shapes) is a finding too:
+    none was there when the snapshot was enrolled. What hangs below a table that cannot be
+    read is unreadable, not gone.
     """
     kernel = snapshot.kernel
     found = mapped_pages(source, kernel)
@@ -64,23 +66,23 @@ def check_mapping(sweep_id: str, snapshot: Snapshot, source: Source) -> MappingC
         present = found.addresses[at] == snapshot.addresses
         same = present & (found.frames[at] == snapshot.frames) & (found.flags[at] == snapshot.flags)
     anomalies = [_anomaly(sweep_id, anomaly) for anomaly in found.anomalies]
-    unread = any(finding.kind is FindingKind.UNREADABLE for finding in anomalies)
+    unread = [finding for finding in anomalies if finding.kind is FindingKind.UNREADABLE]
+    wrong = [finding for finding in anomalies if finding.kind is not FindingKind.UNREADABLE]
     moved = np.flatnonzero(present & ~same if unread else ~same)
     if 2 * len(moved) > snapshot.pages:
-        findings = [_attach(sweep_id, snapshot, f"{len(moved)} of them lead elsewhere or nowhere")]
-        total = 1
+        problem: str | None = f"{len(moved)} of them lead elsewhere or nowhere"
+        moved = np.flatnonzero(present & ~same)
     else:
-        findings = [
-            _mapping(sweep_id, snapshot, index, _actual(found, int(at[index]), present[index]))
-            for index in moved[:FINDINGS_MAX].tolist()
-        ]
-        total = len(moved)
-        if (problem := _not_running(source, kernel)) is not None:
-            findings.insert(0, _attach(sweep_id, snapshot, problem))
-            total += 1
+        problem = _not_running(source, kernel)
+    attach = [] if problem is None else [_attach(sweep_id, snapshot, problem)]
+    mappings = [
+        _mapping(sweep_id, snapshot, index, _actual(found, int(at[index]), present[index]))
+        for index in moved[:FINDINGS_MAX].tolist()
+    ]
     return MappingCheck(
-        findings=tuple((*findings, *anomalies)[:FINDINGS_MAX]),
-        findings_total=total + found.anomalies_total,
+        # By weight: what is listed decides, and gaps must not crowd facts out.
+        findings=tuple((*attach, *mappings, *wrong, *unread)[:FINDINGS_MAX]),
+        findings_total=len(attach) + len(moved) + found.anomalies_total,
         unlisted_executable=_unlisted(snapshot, found),
     )
 

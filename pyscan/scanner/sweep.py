@@ -80,12 +80,14 @@ class Scanner:
         comparison = self._compare()
         examined = self._examine(sweep_id, comparison)
         mapping = MappingCheck((), 0, None)
-        walk_tables = walk_tables or bool(examined.findings)
+        walk_tables = walk_tables or bool(examined.different or examined.unread)
         if walk_tables:
             mapping = check_mapping(sweep_id, self._snapshot, self._source)
         watched = self._snapshot.pages
         ok = comparison.ok + examined.transient
         unreadable = comparison.unreadable + examined.lost
+        findings = _listed(mapping.findings, examined)
+        ids = {finding.id for finding in findings}
         sweep = Sweep(
             id=sweep_id,
             target=self._target,
@@ -97,13 +99,11 @@ class Scanner:
             mismatched=watched - ok - unreadable,
             unreadable=unreadable,
             transient=examined.transient,
-            # Mappings first: behind a full list of unreadable pages they would not be seen.
-            findings=(*mapping.findings, *examined.findings)[:FINDINGS_MAX],
+            findings=findings,
             findings_total=watched - ok + mapping.findings_total,
         )
-        return SweepResult(
-            sweep, examined.suspects, mapping.unlisted_executable, walked_tables=walk_tables
-        )
+        suspects = tuple(suspect for suspect in examined.suspects if suspect.finding in ids)
+        return SweepResult(sweep, suspects, mapping.unlisted_executable, walked_tables=walk_tables)
 
     def _compare(self) -> Comparison:
         """Compare all pages once: zero-copy where the source has a view, else copied in."""
@@ -140,7 +140,8 @@ class Scanner:
 
     def _examine(self, sweep_id: str, comparison: Comparison) -> _Examined:
         """Read every listed page again; what settles as approved was a transient."""
-        findings: list[Finding] = []
+        different: list[Finding] = []
+        unread: list[Finding] = []
         suspects: list[SuspectPage] = []
         transient = lost = 0
         for index in comparison.indices.tolist():
@@ -151,13 +152,14 @@ class Scanner:
                 lost += digest is None
             if digest == self._snapshot.digests[index].tobytes():
                 transient += 1
-            elif len(findings) < FINDINGS_MAX:
+            elif digest is None and len(unread) < FINDINGS_MAX:
+                unread.append(self._finding(sweep_id, index, status, None))
+            elif digest is not None and len(different) < FINDINGS_MAX:
                 finding = self._finding(sweep_id, index, status, digest)
-                findings.append(finding)
-                if digest is not None:
-                    frame = int(self._snapshot.frames[index])
-                    suspects.append(SuspectPage(finding.id, frame, self._page.tobytes()))
-        return _Examined(tuple(findings), tuple(suspects), transient, lost)
+                different.append(finding)
+                frame = int(self._snapshot.frames[index])
+                suspects.append(SuspectPage(finding.id, frame, self._page.tobytes()))
+        return _Examined(tuple(different), tuple(unread), tuple(suspects), transient, lost)
 
     def _reread(self, index: int) -> tuple[bytes | None, PageStatus]:
         """Read one page up to `rereads` times.
@@ -199,10 +201,17 @@ class Scanner:
 
 @dataclass(frozen=True, slots=True)
 class _Examined:
-    findings: tuple[Finding, ...]
-    suspects: tuple[SuspectPage, ...]
+    different: tuple[Finding, ...]
+    unread: tuple[Finding, ...]
+    suspects: tuple[SuspectPage, ...]  # of `different`
     transient: int  # as approved when read again
     lost: int  # read at first, unreadable when read again
+
+
+def _listed(mappings: tuple[Finding, ...], examined: _Examined) -> tuple[Finding, ...]:
+    """The findings that a sweep lists: facts before gaps, and a fair share of both facts."""
+    room = FINDINGS_MAX - min(len(examined.different), FINDINGS_MAX // 2)
+    return (*mappings[:room], *examined.different, *examined.unread)[:FINDINGS_MAX]
 
 
 def _join(parts: list[Comparison]) -> Comparison:

@@ -82,7 +82,10 @@ class FileSource(Source):
         file of bytes, FileFormatError when it is shorter than the layout.
         """
         self._uri = uri
+        self._path = path
         self._layout = layout
+        # A process keeps its memory when the file's name goes; without one the name counts.
+        self._by_name = pidfd is None
         self._readers = 0
         self._idle = Condition()
         self._view: FileView | None = None
@@ -105,12 +108,16 @@ class FileSource(Source):
         return self._uri
 
     def regions(self) -> MemoryMap:
-        """The memory map. Raises SourceUnavailable when closed, or the process has ended."""
+        """The memory map.
+
+        Raises SourceUnavailable when closed, when the process has ended, or when the path
+        names another file by now: the old one is nobody's memory any more.
+        """
         with self._reading() as fd:
-            if fd is None:
+            if fd is None or (self._by_name and not _is_named(self._path, fd)):
                 raise SourceUnavailable(
-                    f"{self._uri}: the memory is gone (virtual machine ended or source closed); "
-                    "open the source again"
+                    f"{self._uri}: the memory is gone (virtual machine ended, file replaced, or "
+                    "source closed); open the source again"
                 )
         return self._layout.memory_map
 
@@ -201,6 +208,14 @@ def _open(path: Path) -> int:
             f"{path}: cannot open the RAM file: {error.strerror}; check the path, and that "
             "the virtual machine exists"
         ) from error
+
+
+def _is_named(path: Path, fd: int) -> bool:
+    """Whether `path` still leads to the open file."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(fd))
+    except OSError:
+        return False
 
 
 def _check(path: Path, fd: int, bytes_min: int) -> None:

@@ -20,19 +20,33 @@ pytestmark = pytest.mark.guest
 TIMEOUT_S = 90
 
 
-@pytest.fixture
-def scratch() -> Iterator[Path]:
-    """A TMPDIR of the demonstration's own; at the end nothing may be left of it.
+class Scratch:
+    """A TMPDIR of the demonstration's own, with a path short enough for sockets."""
 
-    Its path is short: one that is too long for sockets would not be used.
-    """
-    directory = Path(tempfile.mkdtemp(prefix="demo-", dir="/tmp"))
-    before = set(Path("/dev/shm").iterdir())
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="demo-", dir="/tmp"))
+        self._runs: set[str] = set()
+
+    def note_run(self) -> bool:
+        """Note the names of run directories that are there now; whether there are any."""
+        found = {entry.name for entry in self.path.iterdir()}
+        self._runs |= found
+        return bool(found)
+
+    def assert_nothing_left(self) -> None:
+        """RAM files are named after their run directory."""
+        self.path.rmdir()  # fails unless it is empty
+        assert self._runs
+        assert [f for run in self._runs for f in Path("/dev/shm").glob(f"{run}*")] == []
+        assert _processes_that_name(self.path) == []
+
+
+@pytest.fixture
+def scratch() -> Iterator[Scratch]:
+    directory = Scratch()
     yield directory
-    directory.rmdir()  # fails unless it is empty
-    left = {path for path in Path("/dev/shm").iterdir() if path.name.startswith("pyscan-")}
-    assert left <= before
-    assert _processes_that_name(directory) == []
+    if directory.path.exists():
+        directory.path.rmdir()
 
 
 def _processes_that_name(directory: Path) -> list[str]:
@@ -49,14 +63,22 @@ def _processes_that_name(directory: Path) -> list[str]:
     return found
 
 
-def _demo(scratch: Path, guest_dir: Path, *arguments: str) -> subprocess.Popen[str]:
+def _demo(scratch: Scratch, guest_dir: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "pyscan", "demo", "--guest", str(guest_dir), *arguments],
-        env={**os.environ, "TMPDIR": str(scratch)},
+        env={**os.environ, "TMPDIR": str(scratch.path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def _wait_for_run(scratch: Scratch, process: subprocess.Popen[str]) -> None:
+    """Wait for the run directory: the guest is being started."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not scratch.note_run():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
 
 
 @pytest.mark.parametrize(
@@ -68,16 +90,20 @@ def _demo(scratch: Path, guest_dir: Path, *arguments: str) -> subprocess.Popen[s
     ],
     ids=lambda options: "-".join(options[1::2]),
 )
-def test_the_main_job(scratch: Path, guest_dir: Path, tmp_path: Path, options: list[str]) -> None:
+def test_the_main_job(
+    scratch: Scratch, guest_dir: Path, tmp_path: Path, options: list[str]
+) -> None:
     action, keep = options[1], tmp_path / "evidence"
     process = _demo(scratch, guest_dir, *options, "--keep", str(keep), "--json")
+    _wait_for_run(scratch, process)
     output, steps = process.communicate(timeout=TIMEOUT_S)
+    scratch.assert_nothing_left()
     assert process.returncode == 0, steps
     document = json.loads(output)
     assert document["verified"] is True
     assert set(document["checks"].values()) == {True}
     assert document["action"] == action
-    assert document["source"].startswith("qemu:")
+    assert document["source"].startswith(f"qemu:{scratch.path}/")
     finding = document["finding"]
     assert re.fullmatch(r"0x[0-9a-f]+", finding["physical_frame"])
     assert finding["expected"] != finding["actual"]
@@ -99,15 +125,11 @@ def test_the_main_job(scratch: Path, guest_dir: Path, tmp_path: Path, options: l
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("steps_seen", [0, 1, 2, 3])
 def test_interrupted_at_any_step_it_leaves_nothing(
-    scratch: Path, guest_dir: Path, number: signal.Signals, steps_seen: int
+    scratch: Scratch, guest_dir: Path, number: signal.Signals, steps_seen: int
 ) -> None:
     process = _demo(scratch, guest_dir)
     assert process.stdout is not None
-    if steps_seen == 0:
-        deadline = time.monotonic() + TIMEOUT_S
-        while not list(scratch.iterdir()):  # the run directory: the guest is being started
-            assert time.monotonic() < deadline
-            assert process.poll() is None
+    _wait_for_run(scratch, process)
     seen = 0
     while seen < steps_seen:
         line = process.stdout.readline()
@@ -118,9 +140,10 @@ def test_interrupted_at_any_step_it_leaves_nothing(
     _, errors = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 128 + number
     assert "Traceback" not in errors
+    scratch.assert_nothing_left()
 
 
-def test_a_missing_guest_is_one_line(scratch: Path, tmp_path: Path) -> None:
+def test_a_missing_guest_is_one_line(scratch: Scratch, tmp_path: Path) -> None:
     process = _demo(scratch, tmp_path / "nowhere")
     _, errors = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 4
@@ -128,7 +151,7 @@ def test_a_missing_guest_is_one_line(scratch: Path, tmp_path: Path) -> None:
     assert "make setup" in errors
 
 
-def test_evidence_is_never_written_over(scratch: Path, guest_dir: Path, tmp_path: Path) -> None:
+def test_evidence_is_never_written_over(scratch: Scratch, guest_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "old").write_text("old")
     process = _demo(scratch, guest_dir, "--keep", str(tmp_path))
     _, errors = process.communicate(timeout=TIMEOUT_S)

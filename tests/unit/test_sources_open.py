@@ -230,6 +230,23 @@ def test_opening_and_closing_leaves_no_descriptor(tmp_path: Path) -> None:
     assert os.listdir("/proc/self/fd") == before
 
 
+@pytest.mark.parametrize("replace", [True, False])
+def test_a_file_that_is_replaced_or_removed_is_not_the_target_any_more(
+    tmp_path: Path, replace: bool
+) -> None:
+    ram = tmp_path / "ram"
+    ram.write_bytes(bytes(MIB))
+    with open_source(f"file:{ram}?machine=q35&size=1M") as source:
+        source.regions()
+        if replace:
+            (tmp_path / "new").write_bytes(bytes(MIB))
+            (tmp_path / "new").rename(ram)
+        else:
+            ram.unlink()
+        with pytest.raises(SourceUnavailable, match="replaced"):
+            source.regions()
+
+
 def test_the_file_is_opened_read_only(tmp_path: Path) -> None:
     ram = tmp_path / "ram"
     ram.write_bytes(bytes(MIB))
