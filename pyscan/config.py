@@ -29,16 +29,20 @@ from __future__ import annotations
 
 import os
 import re
+import sqlite3
 import stat
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path, PosixPath
 from typing import Annotated, TypeVar
 
 import msgspec
 
 from pyscan.errors import ConfigError, UsageError
+from pyscan.evidence import EvidenceLog
 from pyscan.keys import KeyRing, PublicKey, SigningKey
+from pyscan.outbox import open_database
 from pyscan.records import Action
 from pyscan.transport import LinkSettings
 
@@ -183,6 +187,19 @@ class _Program(_Table, frozen=True, kw_only=True):
     mqtt: Mqtt
     state: State
     trust: Trust = Trust()
+
+    @contextmanager
+    def open_state(self) -> Iterator[tuple[sqlite3.Connection, EvidenceLog]]:
+        """The database and the evidence log, made when they are not there; closed at the end.
+
+        Raises UsageError, FileFormatError, EvidenceError.
+        """
+        self.state.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with (
+            closing(open_database(self.state.database)) as database,
+            EvidenceLog.open(self.state.evidence, self.identity.key, self.identity.name) as log,
+        ):
+            yield database, log
 
     def link_settings(self, program: str) -> LinkSettings:
         """How the transport reaches the broker; the session is named by program and name."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import sqlite3
 import time
@@ -19,7 +18,7 @@ from pyscan.agent.worker import Desk, Order, Worker
 from pyscan.config import AgentConfig, load_agent
 from pyscan.errors import Rejected
 from pyscan.evidence import EvidenceLog, message_body
-from pyscan.outbox import Outbox, open_database, transaction
+from pyscan.outbox import Outbox, transaction
 from pyscan.protocol import RejectReason, TopicKind
 from pyscan.records import Action, Command, ReportState
 from pyscan.transport import RECEIVE_MAX, Link, Message
@@ -40,13 +39,7 @@ def run_program(path: Path, check_only: bool) -> int:
 
 async def run(config: AgentConfig) -> None:
     """Carry out commands until cancelled."""
-    config.state.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        database = stack.enter_context(contextlib.closing(open_database(config.state.database)))
-        evidence = EvidenceLog.open(
-            config.state.evidence, config.identity.key, config.identity.name
-        )
-        stack.callback(evidence.close)
+    with config.open_state() as (database, evidence):
         await _Agent(config, database, evidence).run()
 
 

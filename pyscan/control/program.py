@@ -29,7 +29,7 @@ from pyscan.control.store import Store, Unanswered
 from pyscan.errors import Rejected, TransportError
 from pyscan.evidence import EvidenceLog, message_body
 from pyscan.ids import new_id
-from pyscan.outbox import Outbox, open_database, transaction
+from pyscan.outbox import Outbox, transaction
 from pyscan.policy import Policy, decide
 from pyscan.protocol import Topic, TopicKind
 from pyscan.records import (
@@ -62,13 +62,7 @@ def run_program(path: Path, check_only: bool) -> int:
 
 async def run(config: ControlConfig) -> None:
     """Answer verdicts until cancelled."""
-    config.state.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        database = stack.enter_context(contextlib.closing(open_database(config.state.database)))
-        evidence = EvidenceLog.open(
-            config.state.evidence, config.identity.key, config.identity.name
-        )
-        stack.callback(evidence.close)
+    with config.open_state() as (database, evidence):
         await _Control(config, database, evidence).run()
 
 

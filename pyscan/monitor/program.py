@@ -26,7 +26,7 @@ from pyscan.digest import Digester, open_digester
 from pyscan.errors import TransportError
 from pyscan.evidence import EvidenceLog, message_body
 from pyscan.monitor.watch import Judgement, Watch, WatchSettings
-from pyscan.outbox import Outbox, open_database, transaction
+from pyscan.outbox import Outbox, transaction
 from pyscan.records import PAGE_SIZE, VerdictState
 from pyscan.sources.uri import parse_uri
 from pyscan.transport import Link, Publication
@@ -62,13 +62,7 @@ def _load(path: Path) -> _Plan:
 
 async def _run(plan: _Plan) -> None:
     """Watch every target until cancelled. Raises PyscanError for what cannot be started."""
-    config = plan.config
-    config.state.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        database = stack.enter_context(contextlib.closing(open_database(config.state.database)))
-        evidence = stack.enter_context(
-            EvidenceLog.open(config.state.evidence, config.identity.key, config.identity.name)
-        )
+    with plan.config.open_state() as (database, evidence):
         await _Monitor(plan, database, evidence).run()
 
 
