@@ -342,7 +342,8 @@ async def test_command_queued_over_restarts_of_broker_and_agent(
             site.broker.start()
             assert (await peer.order(Action.QUERY)).vm_state == "paused"
             assert watcher.events == ["STOP"]
-            assert len(peer.finals(command)) == 1
+            # The broker may deliver a report twice over its restart, never two reports.
+            assert len({report.id for report in peer.finals(command)}) == 1
             assert child.stop() == 0
 
 
