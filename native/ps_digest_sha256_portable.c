@@ -105,9 +105,9 @@ static void digest_page(const uint8_t *page, uint8_t *digest)
     }
 }
 
-void ps_digest_sha256_portable(const uint8_t *const *pages, size_t count, uint8_t *digests)
+void ps_digest_sha256_portable(const ps_batch *batch)
 {
-    for (size_t i = 0; i < count; i++) {
-        digest_page(pages[i], digests + i * PS_SHA256_SIZE);
+    for (size_t i = 0; i < batch->count; i++) {
+        digest_page(batch->pages[i], batch->results + i * PS_SHA256_SIZE);
     }
 }

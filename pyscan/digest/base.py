@@ -1,8 +1,10 @@
 """What every digest backend offers, and the checks that they share.
 
-A digest is SHA-256 of one page (FIPS 180-4). Shapes: pages ``(n, PAGE_SIZE)`` uint8,
-digests ``(n, DIGEST_SIZE)`` uint8, statuses ``(n,)`` uint8 of `PageStatus` values, offsets
-``(n,)`` uint64 in bytes. A page whose status is not OK has a digest of POISON bytes.
+A digest is one of three of a page, named in `DIGESTS` and defined in docs/spec/digest.md. A
+keyed one also takes the number of the page's frame, so that a page that was moved differs.
+Shapes: pages ``(n, PAGE_SIZE)`` uint8, digests ``(n, digest_bytes)`` uint8, statuses ``(n,)``
+uint8 of `PageStatus` values, offsets ``(n,)`` uint64 in bytes, frames ``(n,)`` uint64. A page
+whose status is not OK has a digest of POISON bytes.
 """
 
 from __future__ import annotations
@@ -14,33 +16,64 @@ from typing import Any, Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pyscan.errors import UsageError
 from pyscan.records import PAGE_SIZE
 
-DIGEST_SIZE: Final = 32
 #: Indices that a comparison lists unless told otherwise.
 INDICES_MAX: Final = 4096
+#: Threads that a digester can have.
+THREADS_MAX: Final = 256
 
 Bytes = NDArray[np.uint8]
 Offsets = NDArray[np.uint64]
+Frames = NDArray[np.uint64]
 Buffer = Bytes | bytes | bytearray | memoryview | mmap
+
+
+@dataclass(frozen=True, slots=True)
+class DigestKind:
+    """One definition of docs/spec/digest.md."""
+
+    name: str
+    size: int  # bytes
+    keyed: bool
+
+
+DIGESTS: Final = {
+    kind.name: kind
+    for kind in (
+        DigestKind("sha256", 32, keyed=False),
+        DigestKind("nh4aes", 16, keyed=True),
+        DigestKind("gf128aes", 16, keyed=True),
+    )
+}
+
+
+def digest_kind(name: str) -> DigestKind:
+    """The digest `name`. Raises UsageError when there is none."""
+    try:
+        return DIGESTS[name]
+    except KeyError:
+        raise UsageError(f"digest {name!r} is unknown; use one of: {', '.join(DIGESTS)}") from None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Comparison:
-    """Pages held against their expected digests. `ok + mismatched + unreadable == n`."""
+    """What was held against what is expected. `ok + mismatched + unreadable == n`."""
 
     statuses: Bytes
-    indices: Offsets  # shape (k,): pages that are not equal or not read, ascending; bounded
+    indices: Offsets  # shape (k,): those that are not equal or not read, ascending; bounded
     ok: int
     mismatched: int
     unreadable: int
 
 
 class Digester(Protocol):
-    """One backend. Safe for calls from several threads; the GIL is released while it works.
+    """One backend with one digest. Safe for calls from several threads; the GIL is released.
 
-    All methods raise ValueError when a shape or a type does not fit, and never raise for a
-    page: what cannot be read has a status.
+    All methods raise ValueError when a shape or a type does not fit or a keyed digest is not
+    given `frames`, and never raise for a page: what cannot be read has a status. A digest
+    without a key does not look at `frames`.
     """
 
     @property
@@ -48,16 +81,30 @@ class Digester(Protocol):
         """The backend: ``native`` or ``numba``."""
 
     @property
-    def form(self) -> str:
-        """Algorithm and implementation that are in use now, such as ``sha256/shani``."""
+    def digest(self) -> str:
+        """The digest: a name of `DIGESTS`."""
 
-    def hash_pages(self, pages: Buffer) -> tuple[Bytes, Bytes]:
+    @property
+    def digest_bytes(self) -> int:
+        """Size of a digest."""
+
+    @property
+    def form(self) -> str:
+        """Digest and implementation that are in use, such as ``nh4aes/avx2``."""
+
+    @property
+    def threads(self) -> int:
+        """Threads that share the work of a call."""
+
+    def hash_pages(self, pages: Buffer, *, frames: Frames | None = None) -> tuple[Bytes, Bytes]:
         """Digests and statuses of pages that stand one behind the other.
 
         `pages` is contiguous: an array of shape (n, PAGE_SIZE), or any buffer of n pages.
         """
 
-    def hash_view(self, data: memoryview, offsets: Offsets) -> tuple[Bytes, Bytes]:
+    def hash_view(
+        self, data: memoryview, offsets: Offsets, *, frames: Frames | None = None
+    ) -> tuple[Bytes, Bytes]:
         """Digests and statuses of the pages at `offsets` of `data`.
 
         `data` may be a mapping that shrinks meanwhile: such a page is LINK_DOWN. An offset
@@ -65,9 +112,14 @@ class Digester(Protocol):
         """
 
     def compare_pages(
-        self, pages: Buffer, expected: Bytes, indices_max: int = INDICES_MAX
+        self,
+        pages: Buffer,
+        expected: Bytes,
+        indices_max: int = INDICES_MAX,
+        *,
+        frames: Frames | None = None,
     ) -> Comparison:
-        """Hold pages as in `hash_pages` against `expected`, shape (n, DIGEST_SIZE)."""
+        """Hold pages as in `hash_pages` against `expected`, shape (n, digest_bytes)."""
 
     def compare_view(
         self,
@@ -75,8 +127,10 @@ class Digester(Protocol):
         offsets: Offsets,
         expected: Bytes,
         indices_max: int = INDICES_MAX,
+        *,
+        frames: Frames | None = None,
     ) -> Comparison:
-        """Hold pages as in `hash_view` against `expected`, shape (n, DIGEST_SIZE)."""
+        """Hold pages as in `hash_view` against `expected`, shape (n, digest_bytes)."""
 
     def copy_view(self, data: memoryview, offsets: Offsets, pages: Bytes) -> Bytes:
         """Copy pages as in `hash_view` to `pages`, shape (n, PAGE_SIZE); gives the statuses.
@@ -119,10 +173,26 @@ def as_offsets(offsets: Offsets) -> Offsets:
     return np.ascontiguousarray(offsets)
 
 
-def as_expected(expected: Bytes, count: int) -> Bytes:
-    """`expected` as a contiguous array of shape (count, DIGEST_SIZE)."""
-    _check("expected", expected, np.uint8, (count, DIGEST_SIZE))
+def as_frames(frames: Frames | None, kind: DigestKind, count: int) -> Frames | None:
+    """`frames` as a contiguous array of shape (count,); None where `kind` takes none."""
+    if not kind.keyed:
+        return None
+    if frames is None:
+        raise ValueError(f"frames: {kind.name} needs the frame number of every page")
+    _check("frames", frames, np.uint64, (count,))
+    return np.ascontiguousarray(frames)
+
+
+def as_expected(expected: Bytes, kind: DigestKind, count: int) -> Bytes:
+    """`expected` as a contiguous array of shape (count, kind.size)."""
+    _check("expected", expected, np.uint8, (count, kind.size))
     return np.ascontiguousarray(expected)
+
+
+def as_values(values: Offsets, count: int) -> Offsets:
+    """Expected values of a watch list as a contiguous array of shape (count,)."""
+    _check("values", values, np.uint64, (count,))
+    return np.ascontiguousarray(values)
 
 
 def as_indices_max(indices_max: int, count: int) -> int:
