@@ -1,0 +1,128 @@
+"""A whole run, from the machine's description to the goals."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from pyscan.bench import machine
+from pyscan.bench.calls import measure_calls
+from pyscan.bench.contenders import CONTENDERS
+from pyscan.bench.detection import measure_detection
+from pyscan.bench.document import Absent, Detection, Document, Latency, Series
+from pyscan.bench.latency import measure_latency
+from pyscan.bench.measure import Measured, Plan, Progress, measure_shapes
+from pyscan.bench.scaling import measure_series
+from pyscan.bench.shapes import SHAPES, Shape
+from pyscan.bench.targets import judge_goals
+from pyscan.errors import LabError, UsageError
+
+ROUNDS: Final = 9
+QUICK_ROUNDS: Final = 3
+TRIALS: Final = 200
+QUICK_TRIALS: Final = 0
+#: Modifications of each lifetime.
+LIVES_TRIALS: Final = 200
+QUICK_LIVES_TRIALS: Final = 10
+
+
+@dataclass(frozen=True, slots=True)
+class BenchOptions:
+    """What `pyscan bench` was asked for; empty and None stand for the usual."""
+
+    quick: bool = False
+    shapes: tuple[str, ...] = ()
+    contenders: tuple[str, ...] = ()
+    rounds: int | None = None
+    trials: int | None = None
+    seed: int | None = None
+    note: str = ""
+    guest_dir: Path = Path("build/guest")
+
+
+def run_bench(options: BenchOptions, progress: Progress) -> Document:
+    """Measure. Raises UsageError for a shape or contender that does not exist."""
+    started, clock = datetime.now(tz=UTC), time.monotonic()
+    shapes = _shapes(options)
+    description = machine.describe()
+    seed = options.seed if options.seed is not None else time.time_ns() & 0xFFFF_FFFF
+    plan = Plan(
+        rounds=options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS),
+        random=np.random.default_rng(seed),
+        wanted=_wanted(options),
+    )
+    measured = Measured()
+    measure_shapes(shapes, plan, progress, measured)
+    rest = _Rest()
+    if not options.shapes:
+        rest = _measure_rest(options, plan, progress, measured)
+    return Document(
+        machine=description,
+        started=started.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        seconds=round(time.monotonic() - clock, 1),
+        quick=options.quick,
+        seed=seed,
+        note=options.note,
+        results=measured.results,
+        ratios=measured.ratios,
+        rates=measured.rates,
+        targets=judge_goals(measured),
+        series=rest.series,
+        latency=rest.latency,
+        detection=rest.detection,
+        absent=measured.absent,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Rest:
+    """What is measured besides shapes and calls."""
+
+    series: list[Series] = field(default_factory=list)
+    latency: list[Latency] = field(default_factory=list)
+    detection: list[Detection] = field(default_factory=list)
+
+
+def _measure_rest(
+    options: BenchOptions, plan: Plan, progress: Progress, measured: Measured
+) -> _Rest:
+    measured.rates += measure_calls(plan, progress)
+    series = measure_series(plan, options.quick, progress)
+    lives = QUICK_LIVES_TRIALS if options.quick else LIVES_TRIALS
+    detection = [measure_detection(plan, lives, progress)]
+    trials = options.trials
+    if trials is None:
+        trials = QUICK_TRIALS if options.quick else TRIALS
+    latency: list[Latency] = []
+    if trials:
+        try:
+            latency = measure_latency(options.guest_dir, trials, plan, progress)
+        except LabError as error:
+            measured.absent.append(Absent("end to end", "", str(error)))
+    return _Rest(series, latency, detection)
+
+
+def _shapes(options: BenchOptions) -> list[Shape]:
+    known = {shape.name: shape for shape in SHAPES}
+    for name in options.shapes:
+        if name not in known:
+            raise UsageError(f"shape {name!r} is unknown; use one of: {', '.join(known)}")
+    if options.shapes:
+        return [known[name] for name in options.shapes]
+    return [shape for shape in SHAPES if shape.quick or not options.quick]
+
+
+def _wanted(options: BenchOptions) -> frozenset[str]:
+    known = {name for shape in SHAPES for name in shape.contenders}
+    for name in options.contenders:
+        if name not in known:
+            raise UsageError(
+                f"contender {name!r} is unknown; use one of: "
+                f"{', '.join(each.name for each in CONTENDERS)}"
+            )
+    return frozenset(options.contenders)

@@ -1,0 +1,79 @@
+"""`pyscan bench` as an operator runs it, on shapes that take a moment."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from pyscan.bench import load
+
+CONTENDERS = ("nh4aes", "sha256", "numba-nh4aes", "read-limit", "memcmp", "hashlib-sha256")
+
+
+def bench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pyscan", "bench", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_figures_are_written_read_back_and_made_into_a_page(tmp_path: Path) -> None:
+    figures, page = tmp_path / "figures.json", tmp_path / "page.md"
+    wanted = [argument for name in CONTENDERS for argument in ("--contender", name)]
+    done = bench("--shape", "one-page", "--rounds", "2", "--json", figures, *wanted)
+    assert (done.returncode, done.stderr) == (0, "")
+    document = load(figures)
+    assert [result.contender for result in document.results] == list(CONTENDERS)
+    assert {result.shape for result in document.results} == {"one-page"}
+    assert all(result.gb_per_s.min > 0 and result.rounds == 2 for result in document.results)
+    assert all(result.limit is not None for result in document.results)
+    assert document.machine.cores >= 1
+    for contender in CONTENDERS:
+        assert contender in done.stdout
+
+    again = bench("--from", figures, "--report", page)
+    assert (again.returncode, again.stdout) == (0, done.stdout)
+    assert document.machine.cpu in page.read_text()
+
+
+def test_what_cannot_run_is_listed_with_the_reason(tmp_path: Path) -> None:
+    """Without its packages, a contender is absent, not forgotten."""
+    figures = tmp_path / "figures.json"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c"),
+            "import sys; sys.modules['blake3'] = None; "
+            "from pyscan.cli import main; sys.exit(main(sys.argv[1:]))",
+            *("bench", "--shape", "one-page", "--rounds", "1", "--json", str(figures)),
+            *("--contender", "blake3", "--contender", "hashlib-sha256"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    (absent,) = load(figures).absent
+    assert (absent.contender, absent.reason) == (
+        "blake3",
+        "blake3 is not installed; install pyscan[bench]",
+    )
+    assert absent.reason in done.stdout
+
+
+def test_unknown_names_are_wrong_usage() -> None:
+    done = bench("--shape", "round")
+    assert done.returncode == 2
+    assert done.stderr.startswith("pyscan: shape 'round' is unknown; use one of: ")
+
+
+def test_measuring_and_reading_at_once_is_wrong_usage(tmp_path: Path) -> None:
+    done = bench("--from", tmp_path / "none.json", "--json", tmp_path / "new.json")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "pyscan: --from measures nothing, so --json has nothing to write; drop one\n"
+    )
