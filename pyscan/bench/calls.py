@@ -1,4 +1,4 @@
-"""What is counted by the call: a watch list held against its values."""
+"""What is counted by the call: a watch list held against its values, and calling itself."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from pyscan.bench import peers
 from pyscan.bench.document import Rate, Spread
 from pyscan.bench.measure import Plan, Progress
 from pyscan.bench.memory import Backing, Memory, filled
+from pyscan.bench.peers import Unavailable
 from pyscan.bench.runner import Entry, alternate
 from pyscan.digest import compare_values
 from pyscan.errors import InternalError
@@ -21,6 +23,7 @@ _VALUES: Final = 8192
 _TABLE_VALUES: Final = 128
 _SPREAD_BYTES: Final = 4 << 20
 WATCH_TABLES: Final = "watch list of 8,192 values in 64 tables"
+CALL: Final = "calls of a C function that does nothing"
 WATCH_SINGLES: Final = "watch list of 8,192 values at random places"
 
 
@@ -31,7 +34,24 @@ def measure_calls(plan: Plan, progress: Progress) -> list[Rate]:
         for name, run_values in ((WATCH_TABLES, _TABLE_VALUES), (WATCH_SINGLES, 1)):
             progress(name)
             found += _watch_list(name, _places(plan, run_values), memory, plan.rounds)
-    return found
+    return found + _call(plan.rounds)
+
+
+def _call(rounds: int) -> list[Rate]:
+    """The way from Python to C and back: four arguments, API mode, the GIL released."""
+    try:
+        module = peers.memory()
+    except Unavailable:
+        return []  # the shapes say it already
+    compare, nothing = module.lib.peer_compare, module.ffi.NULL
+
+    def call() -> int:
+        return int(compare(nothing, nothing, 0, nothing))
+
+    return [
+        Rate(CALL, each.name, _a_second(each.spread()))
+        for each in alternate([Entry("cffi", _counted(call))], rounds)
+    ]
 
 
 def _places(plan: Plan, run_values: int) -> NDArray[np.int64]:

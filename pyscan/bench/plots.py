@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pyscan.bench.contenders import LIMIT
+from pyscan.bench.detection import theory
 from pyscan.bench.document import Document, Result
 from pyscan.bench.shapes import FIRST
 from pyscan.errors import FileFormatError, UsageError
@@ -28,13 +29,13 @@ def save_plots(document: Document, directory: Path) -> list[Path]:
         from matplotlib.figure import Figure  # noqa: PLC0415
     except ImportError as error:
         raise UsageError("plots need matplotlib; install pyscan[bench]") from error
-    # The same document gives the same files: no random ids, no dates.
-    matplotlib.rcParams["svg.hashsalt"] = "pyscan"
     made = []
-    for name, draw in _plots(document):
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
-        draw(figure.subplots())
-        made.append(_save(figure, directory, name))
+    # The same document gives the same files: no random ids, no dates. Text stays text.
+    with matplotlib.rc_context({"svg.hashsalt": "pyscan", "svg.fonttype": "none"}):
+        for name, draw in _plots(document):
+            figure = Figure(figsize=(8, 4.5), layout="constrained")
+            draw(figure.subplots())
+            made.append(_save(figure, directory, name))
     return made
 
 
@@ -124,23 +125,16 @@ def _latency(document: Document, axes: Any) -> None:
 def _detection(document: Document, axes: Any) -> None:
     """Probability of detection, measured and by theory."""
     (detection,) = document.detection
-    xs = [life.lives_ms for life in detection.lives]
-    curves = {
-        "found": (
-            _OURS,
-            [life.found / life.trials for life in detection.lives],
-            [life.found_theory for life in detection.lives],
-        ),
-        "at least seen": (
-            _LIMIT,
-            [life.seen / life.trials for life in detection.lives],
-            [life.seen_theory for life in detection.lives],
-        ),
-    }
-    for name, (colour, measured, theory) in curves.items():
-        axes.plot(xs, [100 * share for share in theory], color=colour, lw=1)
-        label = f"{name} (line: theory)"
-        axes.plot(xs, [100 * share for share in measured], "o", color=colour, label=label)
+    lives = detection.lives
+    xs = [life.lives_ms for life in lives]
+    dense = [max(xs) * step / 200 for step in range(201)]
+    curve = [theory(x, detection.interval_ms, detection.sweep_ms) for x in dense]
+    axes.plot(dense, [100 * found for found, _ in curve], color=_OURS, lw=1)
+    axes.plot(dense, [100 * seen for _, seen in curve], color=_LIMIT, lw=1)
+    found = [100 * life.found / life.trials for life in lives]
+    seen = [100 * life.seen / life.trials for life in lives]
+    axes.plot(xs, found, "o", color=_OURS, label="found (line: theory)")
+    axes.plot(xs, seen, "o", color=_LIMIT, label="at least seen (line: theory)")
     axes.set_xlabel(
         f"ms that a modification lives (sweeps of {detection.sweep_ms:.1f} ms "
         f"every {detection.interval_ms:.1f} ms)"

@@ -39,12 +39,8 @@ class _Sheet:
 def print_document(out: Console, document: Document) -> None:
     """All tables, for a terminal or plain."""
     for sheet in _sheets(document):
-        table = Table(
-            title=sheet.title,
-            title_justify="left",
-            box=box.SIMPLE_HEAD if out.is_terminal else None,
-            padding=(0, 2, 0, 0),
-        )
+        out.print(Text(sheet.title, style="bold"), soft_wrap=True)
+        table = Table(box=box.SIMPLE_HEAD if out.is_terminal else None, padding=(0, 2, 0, 0))
         for index, column in enumerate(sheet.columns):
             table.add_column(column, justify="left" if index in sheet.text else "right")
         for row in sheet.rows:

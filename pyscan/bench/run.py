@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -21,6 +22,7 @@ from pyscan.bench.scaling import measure_series
 from pyscan.bench.shapes import SHAPES, Shape
 from pyscan.bench.targets import judge_goals
 from pyscan.errors import LabError, UsageError
+from pyscan.lab.process import unwind_on
 
 ROUNDS: Final = 9
 QUICK_ROUNDS: Final = 3
@@ -46,7 +48,15 @@ class BenchOptions:
 
 
 def run_bench(options: BenchOptions, progress: Progress) -> Document:
-    """Measure. Raises UsageError for a shape or contender that does not exist."""
+    """Measure, and leave nothing behind when interrupted.
+
+    Raises UsageError for a shape or contender that does not exist.
+    """
+    with unwind_on(signal.SIGINT, signal.SIGTERM):
+        return _run(options, progress)
+
+
+def _run(options: BenchOptions, progress: Progress) -> Document:
     started, clock = datetime.now(tz=UTC), time.monotonic()
     shapes = _shapes(options)
     description = machine.describe()

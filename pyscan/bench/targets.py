@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from pyscan.bench.calls import WATCH_TABLES
+from pyscan.bench.calls import CALL, WATCH_TABLES
 from pyscan.bench.document import Goal, Ratio
 from pyscan.bench.measure import Measured
 from pyscan.bench.shapes import CALLS, FIRST, SCATTERED
@@ -100,7 +100,32 @@ class RateGoal:
         return Goal(self.name, wanted, "not measured", None)
 
 
-GOALS: Final[tuple[RatioGoal | TimeGoal | RateGoal, ...]] = (
+@dataclass(frozen=True, slots=True)
+class CallGoal:
+    """A call through cffi must cost at most `most` of what `ours` does in a call of `pages`."""
+
+    name: str
+    ours: str
+    pages: int
+    most: float
+
+    def judge(self, measured: Measured) -> Goal:
+        """Hold it against what was measured."""
+        wanted = f"<= {100 * self.most:.1f} %"
+        work = [
+            self.pages * 1e3 / each.pages_per_s
+            for each in measured.results
+            if (each.shape, each.contender) == (CALLS, self.ours)
+        ]
+        call = [1e3 / each.per_s.median for each in measured.rates if each.name == CALL]
+        if not work or not call:
+            return Goal(self.name, wanted, "not measured", None)
+        share = call[0] / work[0]
+        got = f"{100 * share:.1f} % ({1e6 * call[0]:.0f} ns of {1e3 * work[0]:.1f} us)"
+        return Goal(self.name, wanted, got, share <= self.most)
+
+
+GOALS: Final[tuple[RatioGoal | TimeGoal | RateGoal | CallGoal, ...]] = (
     RatioGoal("keyed sweep / read limit, 1 thread", _KEYED, ("read-limit",), 0.85, percent=True),
     RatioGoal(
         "keyed sweep / read limit, 2 threads", _KEYED, ("read-limit",), 0.95, 2, percent=True
@@ -111,8 +136,9 @@ GOALS: Final[tuple[RatioGoal | TimeGoal | RateGoal, ...]] = (
     TimeGoal("a sweep of 8,000 scattered pages, 1 thread", _KEYED, 2.0, SCATTERED),
     RateGoal("compares of a watch list of 8,192 values", WATCH_TABLES, "watch-list", 200_000),
     RatioGoal("numba / C", ("numba-nh4aes",), ("nh4aes",), 0.60, percent=True),
+    CallGoal("a call through cffi / 256 pages", "nh4aes", 256, 0.02),
     RatioGoal(
-        "calls of 256 pages / one call (cost below 2 %)",
+        "calls of 256 pages / one call, with all that Python checks",
         ("nh4aes/256",),
         ("nh4aes",),
         0.98,

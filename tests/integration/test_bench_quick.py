@@ -40,29 +40,40 @@ def test_figures_are_written_read_back_and_made_into_a_page(tmp_path: Path) -> N
     assert document.machine.cpu in page.read_text()
 
 
-def test_what_cannot_run_is_listed_with_the_reason(tmp_path: Path) -> None:
-    """Without its packages, a contender is absent, not forgotten."""
-    figures = tmp_path / "figures.json"
-    done = subprocess.run(
-        [
-            *(sys.executable, "-c"),
-            "import sys; sys.modules['blake3'] = None; "
-            "from pyscan.cli import main; sys.exit(main(sys.argv[1:]))",
-            *("bench", "--shape", "one-page", "--rounds", "1", "--json", str(figures)),
-            *("--contender", "blake3", "--contender", "hashlib-sha256"),
-        ],
+def bench_without(package: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """The same on a machine that does not have `package`."""
+    program = (
+        f"import sys; sys.modules[{package!r}] = None; "
+        "from pyscan.cli import main; sys.exit(main(['bench', *sys.argv[1:]]))"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
+
+
+def test_what_cannot_run_is_listed_with_the_reason(tmp_path: Path) -> None:
+    """Without its packages, a contender is absent, not forgotten."""
+    figures = tmp_path / "figures.json"
+    wanted = ("--contender", "blake3", "--contender", "hashlib-sha256")
+    done = bench_without(
+        "blake3", "--shape", "one-page", "--rounds", "1", "--json", figures, *wanted
+    )
     assert (done.returncode, done.stderr) == (0, "")
     (absent,) = load(figures).absent
-    assert (absent.contender, absent.reason) == (
-        "blake3",
-        "blake3 is not installed; install pyscan[bench]",
-    )
-    assert absent.reason in done.stdout
+    reason = "blake3 is not installed; install pyscan[bench]"
+    assert (absent.contender, absent.reason) == ("blake3", reason)
+    assert reason in done.stdout
+
+
+def test_plots_say_what_they_need(tmp_path: Path) -> None:
+    stored = Path(__file__).parents[1] / "unit/bench_small.json"
+    done = bench_without("matplotlib", "--from", stored, "--plots", tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "pyscan: plots need matplotlib; install pyscan[bench]\n"
 
 
 def test_unknown_names_are_wrong_usage() -> None:

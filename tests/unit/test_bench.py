@@ -7,11 +7,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pyscan.bench import document as documents
+from pyscan.bench import peers
 from pyscan.bench.detection import theory
 from pyscan.bench.document import Goal, Ratio, Spread
 from pyscan.bench.measure import Measured, ratios_of
@@ -165,6 +167,19 @@ def test_goals_take_our_best_against_their_best() -> None:
     limit = goals["keyed sweep / read limit, 1 thread"]
     assert (limit.got, limit.met) == ("80.0 % (nh4aes)", False)
     assert goals["keyed sweep / read limit, 2 threads"].met is None
+
+
+@pytest.mark.parametrize("reader", peers.READERS)
+def test_the_read_limit_reads_every_word(reader: str) -> None:
+    """A compiler that left loads out would make a limit that no memory has."""
+    words = np.random.default_rng().integers(0, 1 << 64, size=(16, 512), dtype=np.uint64)
+    ffi, lib = peers.memory().ffi, peers.memory().lib
+    base = ffi.from_buffer("uint8_t[]", words)
+    read = getattr(lib, f"peer_read_{reader}")
+    assert read(base, ffi.NULL, 16) == np.bitwise_xor.reduce(words, axis=None)
+    chosen = np.array([3, 1, 7, 0, 12, 5, 9, 15], dtype=np.uint64)
+    offsets = ffi.from_buffer("uint64_t[]", chosen * np.uint64(4096))
+    assert read(base, offsets, 8) == np.bitwise_xor.reduce(words[chosen], axis=None)
 
 
 def test_shapes_name_contenders_that_exist() -> None:
