@@ -38,7 +38,7 @@ def measure_calls(plan: Plan, progress: Progress) -> list[Rate]:
 
 
 def _call(rounds: int) -> list[Rate]:
-    """The way from Python to C and back: four arguments, API mode, the GIL released."""
+    """The way from Python to C and back: five arguments, API mode, the GIL released."""
     try:
         module = peers.memory()
     except Unavailable:
@@ -46,7 +46,7 @@ def _call(rounds: int) -> list[Rate]:
     compare, nothing = module.lib.peer_compare, module.ffi.NULL
 
     def call() -> int:
-        return int(compare(nothing, nothing, 0, nothing))
+        return int(compare(nothing, nothing, 0, 1, nothing))
 
     return [
         Rate(CALL, each.name, _a_second(each.spread()))

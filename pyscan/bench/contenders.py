@@ -173,16 +173,17 @@ def _pointer(module: Any, data: memoryview, work: Workload, first: int) -> tuple
 
 def _read(work: Workload, threads: int, stack: ExitStack) -> Ready:
     """The fastest of several ways to read and do nothing else: the limit of every scan."""
+    del stack
     module, data = peers.memory(), work.memory.data
 
     def reader(name: str) -> Pass:
         read = getattr(module.lib, f"peer_read_{name}")
 
         def run(first: int, count: int) -> int:
-            read(*_pointer(module, data, work, first), count)
+            read(*_pointer(module, data, work, first), count, threads)
             return 0
 
-        return _spread_over(run, threads, stack)
+        return run
 
     readers = [(name, reader(name)) for name in peers.READERS]
     count = min(work.pages, WINDOW_PAGES)
@@ -203,40 +204,43 @@ def _least_ns(run: Pass, count: int) -> int:
 
 
 def _copy(work: Workload, threads: int, stack: ExitStack) -> Ready:
+    del stack
     module, data = peers.memory(), work.memory.data
     target = module.ffi.from_buffer("uint8_t[]", np.zeros(work.pages * PAGE_SIZE, dtype=np.uint8))
 
     def run(first: int, count: int) -> int:
         pages, offsets = _pointer(module, data, work, first)
-        module.lib.peer_copy(pages, offsets, count, target + first * PAGE_SIZE)
+        module.lib.peer_copy(pages, offsets, count, threads, target + first * PAGE_SIZE)
         return 0
 
-    return Ready(_spread_over(run, threads, stack), "libc")
+    return Ready(run, "libc")
 
 
 def _compare_golden(work: Workload, threads: int, stack: ExitStack) -> Ready:
+    del stack
     module, data = peers.memory(), work.memory.data
     golden = module.ffi.from_buffer("uint8_t[]", work.golden)
 
     def run(first: int, count: int) -> int:
         pages, offsets = _pointer(module, data, work, first)
-        return int(module.lib.peer_compare(pages, offsets, count, golden + first * PAGE_SIZE))
+        packed = golden + first * PAGE_SIZE
+        return int(module.lib.peer_compare(pages, offsets, count, threads, packed))
 
-    return Ready(_spread_over(run, threads, stack), "libc")
+    return Ready(run, "libc")
 
 
 def _openssl(work: Workload, threads: int, stack: ExitStack) -> Ready:
+    del stack
     module, data = peers.openssl(), work.memory.data
     digests = work.sha256
     expected = module.ffi.from_buffer("uint8_t[]", digests)
 
     def run(first: int, count: int) -> int:
         pages, offsets = _pointer(module, data, work, first)
-        return int(
-            module.lib.peer_evp_sha256(pages, offsets, count, expected + first * digests.shape[1])
-        )
+        mine = expected + first * digests.shape[1]
+        return int(module.lib.peer_evp_sha256(pages, offsets, count, threads, mine))
 
-    return Ready(_spread_over(run, threads, stack), "EVP, one context")
+    return Ready(run, "EVP, one context")
 
 
 # ---- others, page by page from Python ----

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from cffi import FFI
 
-_PAGES: Final = "const uint8_t *base, const uint64_t *offsets, size_t count"
+_PAGES: Final = "const uint8_t *base, const uint64_t *offsets, size_t count, unsigned threads"
 
 #: Reading kernels: the fastest one on a shape is its read limit.
 READERS: Final = ("32x1", "32x4", "32x8", "64x1", "64x8")
@@ -51,8 +51,8 @@ def _built(name: str, declarations: str, libraries: tuple[str, ...]) -> Any:
         raise Unavailable("no C compiler")
     ffi = FFI()
     ffi.cdef(declarations)
-    source = files("pyscan.bench").joinpath(f"{name}.c").read_text(encoding="utf-8")
-    ffi.set_source(f"_{name}", source)
+    texts = [files(__package__).joinpath(each) for each in ("peers_threads.h", f"{name}.c")]
+    ffi.set_source(f"_{name}", "".join(text.read_text(encoding="utf-8") for text in texts))
     with tempfile.TemporaryDirectory(prefix="pyscan-bench-") as directory:
         code, built = Path(directory, f"_{name}.c"), Path(directory, f"_{name}.so")
         with redirect_stdout(StringIO()):  # cffi prints what it does

@@ -118,6 +118,13 @@ SHAPES: Final[tuple[Shape, ...]] = (
         threads=(1,),
     ),
     Shape(
+        "in-cache-256KiB",
+        "256 KiB again and again: what computing costs when memory costs nothing",
+        256 << 10,
+        _FAST,
+        threads=(1,),
+    ),
+    Shape(
         FORMS,
         "256 MiB, every form that this processor has",
         256 * _MIB,

@@ -176,10 +176,23 @@ def test_the_read_limit_reads_every_word(reader: str) -> None:
     ffi, lib = peers.memory().ffi, peers.memory().lib
     base = ffi.from_buffer("uint8_t[]", words)
     read = getattr(lib, f"peer_read_{reader}")
-    assert read(base, ffi.NULL, 16) == np.bitwise_xor.reduce(words, axis=None)
+    assert read(base, ffi.NULL, 16, 1) == np.bitwise_xor.reduce(words, axis=None)
     chosen = np.array([3, 1, 7, 0, 12, 5, 9, 15], dtype=np.uint64)
     offsets = ffi.from_buffer("uint64_t[]", chosen * np.uint64(4096))
-    assert read(base, offsets, 8) == np.bitwise_xor.reduce(words[chosen], axis=None)
+    assert read(base, offsets, 8, 1) == np.bitwise_xor.reduce(words[chosen], axis=None)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_of_a_peer_share_all_pages(threads: int) -> None:
+    pages = np.random.default_rng().integers(0, 256, size=(7, 4096), dtype=np.uint8)
+    golden = pages.copy()
+    golden[[0, 3, 6], [0, 17, 4095]] ^= 1
+    ffi, lib = peers.memory().ffi, peers.memory().lib
+    base, expected = (ffi.from_buffer("uint8_t[]", each) for each in (pages, golden))
+    assert lib.peer_compare(base, ffi.NULL, 7, threads, expected) == 3
+    copy = np.zeros_like(pages)
+    lib.peer_copy(base, ffi.NULL, 7, threads, ffi.from_buffer("uint8_t[]", copy))
+    assert (copy == pages).all()
 
 
 def test_shapes_name_contenders_that_exist() -> None:
