@@ -118,9 +118,9 @@ SHAPES: Final[tuple[Shape, ...]] = (
         threads=(1,),
     ),
     Shape(
-        "in-cache-256KiB",
-        "256 KiB again and again: what computing costs when memory costs nothing",
-        256 << 10,
+        "in-cache-8MiB",
+        "8 MiB again and again: what computing costs when memory costs little",
+        8 * _MIB,
         _FAST,
         threads=(1,),
     ),
