@@ -6,16 +6,20 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 
 from pyscan.bench.contenders import LIMIT, WINDOW_PAGES, Contender, Ready, ready
-from pyscan.bench.document import Absent, Rate, Ratio, Result
+from pyscan.bench.document import Absent, Detection, Latency, Rate, Ratio, Result, Series
 from pyscan.bench.memory import Workload, evictor, filled, workload
 from pyscan.bench.peers import Unavailable
 from pyscan.bench.runner import PASS_MIN_NS, Entry, Samples, alternate, ratio
 from pyscan.bench.shapes import BY_NAME, Shape
 from pyscan.records import PAGE_SIZE
+
+#: A pass over all of a large range begins at one of so many first pages.
+_OFFSET_PAGES: Final = 255
 
 Progress = Callable[[str], None]
 
@@ -37,6 +41,9 @@ class Measured:
     results: list[Result] = field(default_factory=list)
     ratios: list[Ratio] = field(default_factory=list)
     rates: list[Rate] = field(default_factory=list)
+    series: list[Series] = field(default_factory=list)
+    latency: list[Latency] = field(default_factory=list)
+    detection: list[Detection] = field(default_factory=list)
     absent: list[Absent] = field(default_factory=list)
 
 
@@ -127,13 +134,16 @@ def _measure_threads(
 def _pass(
     contender: Contender, made: Ready, work: Workload, random: np.random.Generator
 ) -> Callable[[], int]:
-    """One pass: everything, or for a slow contender a window of a large shape."""
-    whole = contender.whole or work.pages <= WINDOW_PAGES
-    count = work.pages if whole else WINDOW_PAGES
+    """One pass from a random page on: all but a little, or a window for a slow contender.
+
+    Scattered pages are at random places already, and are all gone over.
+    """
+    count = work.pages
+    if work.contiguous and count > WINDOW_PAGES:
+        count = count - _OFFSET_PAGES if contender.whole else WINDOW_PAGES
 
     def run() -> int:
-        first = 0 if whole else int(random.integers(work.pages - count + 1))
-        made.run(first, count)
+        made.run(int(random.integers(work.pages - count + 1)), count)
         return count * PAGE_SIZE
 
     return run

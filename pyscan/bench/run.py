@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
@@ -15,7 +15,7 @@ from pyscan.bench import machine
 from pyscan.bench.calls import measure_calls
 from pyscan.bench.contenders import CONTENDERS
 from pyscan.bench.detection import measure_detection
-from pyscan.bench.document import Absent, Detection, Document, Latency, Series
+from pyscan.bench.document import Absent, Document
 from pyscan.bench.latency import measure_latency
 from pyscan.bench.measure import Measured, Plan, Progress, measure_shapes
 from pyscan.bench.scaling import measure_series
@@ -68,9 +68,8 @@ def _run(options: BenchOptions, progress: Progress) -> Document:
     )
     measured = Measured()
     measure_shapes(shapes, plan, progress, measured)
-    rest = _Rest()
     if not options.shapes:
-        rest = _measure_rest(options, plan, progress, measured)
+        _measure_rest(options, plan, progress, measured)
     return Document(
         machine=description,
         started=started.strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -82,39 +81,30 @@ def _run(options: BenchOptions, progress: Progress) -> Document:
         ratios=measured.ratios,
         rates=measured.rates,
         targets=judge_goals(measured),
-        series=rest.series,
-        latency=rest.latency,
-        detection=rest.detection,
+        series=measured.series,
+        latency=measured.latency,
+        detection=measured.detection,
         absent=measured.absent,
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Rest:
-    """What is measured besides shapes and calls."""
-
-    series: list[Series] = field(default_factory=list)
-    latency: list[Latency] = field(default_factory=list)
-    detection: list[Detection] = field(default_factory=list)
-
-
 def _measure_rest(
     options: BenchOptions, plan: Plan, progress: Progress, measured: Measured
-) -> _Rest:
+) -> None:
+    """Calls, scaling, detection, and the real guest last: it takes longest."""
     measured.rates += measure_calls(plan, progress)
-    series = measure_series(plan, options.quick, progress)
+    measured.series += measure_series(plan, options.quick, progress)
     lives = QUICK_LIVES_TRIALS if options.quick else LIVES_TRIALS
-    detection = [measure_detection(plan, lives, progress)]
+    measured.detection.append(measure_detection(plan, lives, progress))
     trials = options.trials
     if trials is None:
         trials = QUICK_TRIALS if options.quick else TRIALS
-    latency: list[Latency] = []
-    if trials:
-        try:
-            latency = measure_latency(options.guest_dir, trials, plan, progress)
-        except LabError as error:
-            measured.absent.append(Absent("end to end", "", str(error)))
-    return _Rest(series, latency, detection)
+    if trials == 0:
+        return
+    try:
+        measured.latency += measure_latency(options.guest_dir, trials, plan, progress)
+    except LabError as error:
+        measured.absent.append(Absent("end to end", "", str(error)))
 
 
 def _shapes(options: BenchOptions) -> list[Shape]:

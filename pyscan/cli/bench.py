@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,12 +42,12 @@ def add(commands: Commands) -> None:
         default=[],
         help="only this contender; may be given several times",
     )
-    parser.add_argument("--rounds", metavar="N", type=_positive, help="rounds of each contender")
+    parser.add_argument("--rounds", metavar="N", type=_at_least(1), help="rounds of each contender")
     parser.add_argument(
         "--trials",
         metavar="N",
-        type=_positive,
-        help="tamperings of a real guest (200; with --quick none)",
+        type=_at_least(0),
+        help="tamperings of a real guest, 0 for none (200; with --quick none)",
     )
     parser.add_argument("--seed", metavar="N", type=int, help="seed of contents and places (time)")
     parser.add_argument(
@@ -104,8 +105,13 @@ def _measure(options: argparse.Namespace) -> bench.Document:
         return bench.run_bench(wanted, spinner.update)
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
+def _at_least(least: int) -> Callable[[str], int]:
+    """The type of an option that is a number from `least` on."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        return value
+
+    return number
