@@ -114,7 +114,7 @@ SHAPES: Final[tuple[Shape, ...]] = (
         CALLS,
         "256 MiB, so many pages a call from Python",
         256 * _MIB,
-        (*(f"nh4aes/{pages}" for pages in CALL_PAGES), "nh4aes"),
+        (*(f"nh4aes/{pages}" for pages in CALL_PAGES), "nh4aes", LIMIT),
         threads=(1,),
     ),
     Shape(
