@@ -8,7 +8,7 @@
 #define PCLMUL __attribute__((target("pclmul")))
 #define PCLMUL_INLINE PCLMUL __attribute__((always_inline)) static inline
 
-enum { STEP = 64 /* four blocks: two products */, LANES = 1, HALF = PS_PAGE_SIZE / 2 };
+enum { STEP = 64 /* four blocks: two products */ };
 
 /* Sums of the 64-bit products: low by low, high by high, and the two crosswise ones. */
 typedef struct {
@@ -30,63 +30,44 @@ PCLMUL_INLINE void add_products(page_sums *sums, __m128i x, __m128i y)
     sums->high = _mm_xor_si128(sums->high, _mm_clmulepi64_si128(x, y, 0x11));
 }
 
-PCLMUL_INLINE void sum_halves(const uint8_t *const *halves, const uint8_t *const *ahead,
-                               const uint8_t *key, page_sums *sums, int lanes)
+PCLMUL_INLINE void store_sums(const page_sums *sums, uint64_t *results)
 {
-    for (size_t at = 0; at < HALF; at += STEP) {
+    _mm_storeu_si128((__m128i *)results, sums->low);
+    _mm_storeu_si128((__m128i *)(results + 2), sums->middle);
+    _mm_storeu_si128((__m128i *)(results + 4), sums->high);
+}
+
+/* The sums of `lanes` pages; as many behind them are prefetched. */
+PCLMUL_INLINE void sum_pages(const uint8_t *const *pages, const uint8_t *key, uint64_t *results,
+                             int lanes)
+{
+    page_sums sums[PS_LANES] = {0};
+    for (size_t at = 0; at < PS_PAGE_SIZE; at += STEP) {
         for (int i = 0; i < lanes; i++) {
-            _mm_prefetch((const char *)ahead[i] + at, _MM_HINT_T0);
+            ps_prefetch(pages[i + lanes] + at, lanes);
             for (size_t block = at; block < at + 32; block += 16) {
-                add_products(&sums[i], load_keyed(halves[i] + block, key + block),
-                             load_keyed(halves[i] + block + 32, key + block + 32));
+                add_products(&sums[i], load_keyed(pages[i] + block, key + block),
+                             load_keyed(pages[i] + block + 32, key + block + 32));
             }
         }
     }
-}
-
-/* Puts the 255-bit sum together and takes it modulo x^128 + x^7 + x^2 + x + 1: what lies above
- * bit 127 comes back times x^7 + x^2 + x + 1, and what that pushes above once more. */
-PCLMUL_INLINE void store_sums(const page_sums *sums, uint64_t *results)
-{
-    const __m128i modulus = _mm_cvtsi32_si128(0x87);
-    __m128i middle = sums->middle;
-    __m128i low = _mm_xor_si128(sums->low, _mm_slli_si128(middle, 8));
-    __m128i high = _mm_xor_si128(sums->high, _mm_srli_si128(middle, 8));
-    __m128i top = _mm_clmulepi64_si128(high, modulus, 0x01);
-    high = _mm_xor_si128(high, _mm_srli_si128(top, 8));
-    low = _mm_xor_si128(low, _mm_slli_si128(top, 8));
-    low = _mm_xor_si128(low, _mm_clmulepi64_si128(high, modulus, 0x00));
-    _mm_storeu_si128((__m128i *)results, low);
-}
-
-/* `next` are the pages that come after these. */
-PCLMUL_INLINE void sum_pages(const uint8_t *const *pages, const uint8_t *const *next,
-                              const uint8_t *key, uint64_t *results, int lanes)
-{
-    page_sums sums[LANES] = {0};
-    const uint8_t *second[LANES];
     for (int i = 0; i < lanes; i++) {
-        second[i] = pages[i] + HALF;
-    }
-    sum_halves(pages, second, key, sums, lanes);
-    sum_halves(second, next, key + HALF, sums, lanes);
-    for (int i = 0; i < lanes; i++) {
-        store_sums(&sums[i], results + 2 * i);
+        store_sums(&sums[i], results + PS_GF_SUMS * i);
     }
 }
 
 PCLMUL void ps_digest_gf128aes_pclmul(const ps_batch *batch)
 {
-    uint64_t sums[PS_BATCH_MAX * 2];
+    uint64_t sums[PS_BATCH_MAX * PS_GF_SUMS];
     const uint8_t *const *pages = batch->pages;
-    size_t i = 0;
-    for (; i + LANES <= batch->count; i += LANES) {
-        const uint8_t *const *next = i + 2 * LANES <= batch->count + 1 ? pages + i + LANES
-                                                                      : pages + i + 1;
-        sum_pages(pages + i, next, batch->key->stream, sums + 2 * i, LANES);
-    }
-    for (; i < batch->count; i++) {
-        sum_pages(pages + i, pages + i + 1, batch->key->stream, sums + 2 * i, 1);
+    for (size_t i = 0; i < batch->count;) {
+        if (ps_batch_lanes(batch, i) == PS_LANES) {
+            sum_pages(pages + i, batch->key->stream, sums + PS_GF_SUMS * i, PS_LANES);
+            i += PS_LANES;
+        } else {
+            sum_pages(pages + i, batch->key->stream, sums + PS_GF_SUMS * i, 1);
+            i++;
+        }
     }
     ps_gf128aes_finish_batch(batch, sums);
 }

@@ -8,7 +8,7 @@
 #define AVX2 __attribute__((target("avx2")))
 #define AVX2_INLINE AVX2 __attribute__((always_inline)) static inline
 
-enum { STEP = 32, LANES = 2, HALF = PS_PAGE_SIZE / 2 };
+enum { STEP = 32 };
 
 typedef struct {
     __m256i pass[PS_NH_PASSES];
@@ -29,26 +29,6 @@ AVX2_INLINE void add_products(page_sums *sums, __m256i words, const __m256i *key
     }
 }
 
-/* Half a page of each lane. A pass is shifted by eight words, which is one register: each
- * key register serves all four passes in turn. */
-AVX2_INLINE void sum_halves(const uint8_t *const *halves, const uint8_t *const *ahead,
-                            const uint8_t *key, page_sums *sums, int lanes)
-{
-    __m256i keys[PS_NH_PASSES] = {load(key), load(key + STEP), load(key + 2 * STEP)};
-    for (size_t at = 0; at < HALF; at += STEP) {
-        keys[3] = load(key + at + 3 * STEP);
-        for (int i = 0; i < lanes; i++) {
-            if (at % 64 == 0) {
-                _mm_prefetch((const char *)ahead[i] + at, _MM_HINT_T0);
-            }
-            add_products(&sums[i], load(halves[i] + at), keys);
-        }
-        keys[0] = keys[1];
-        keys[1] = keys[2];
-        keys[2] = keys[3];
-    }
-}
-
 AVX2_INLINE void store_sums(const page_sums *sums, uint64_t *results)
 {
     __m256i t01 = _mm256_add_epi64(_mm256_unpacklo_epi64(sums->pass[0], sums->pass[1]),
@@ -60,17 +40,25 @@ AVX2_INLINE void store_sums(const page_sums *sums, uint64_t *results)
     _mm256_storeu_si256((__m256i *)results, _mm256_add_epi64(low, high));
 }
 
-/* `next` are the pages that come after these. */
-AVX2_INLINE void sum_pages(const uint8_t *const *pages, const uint8_t *const *next,
-                           const uint8_t *key, uint64_t *results, int lanes)
+/* The sums of `lanes` pages; as many behind them are prefetched. A pass is shifted by eight
+ * words, which is one register: each key register serves all four passes in turn. */
+AVX2_INLINE void sum_pages(const uint8_t *const *pages, const uint8_t *key, uint64_t *results,
+                           int lanes)
 {
-    page_sums sums[LANES] = {0};
-    const uint8_t *second[LANES];
-    for (int i = 0; i < lanes; i++) {
-        second[i] = pages[i] + HALF;
+    page_sums sums[PS_LANES] = {0};
+    __m256i keys[PS_NH_PASSES] = {load(key), load(key + STEP), load(key + 2 * STEP)};
+    for (size_t at = 0; at < PS_PAGE_SIZE; at += STEP) {
+        keys[3] = load(key + at + 3 * STEP);
+        for (int i = 0; i < lanes; i++) {
+            if (at % 64 == 0) {
+                ps_prefetch(pages[i + lanes] + at, lanes);
+            }
+            add_products(&sums[i], load(pages[i] + at), keys);
+        }
+        keys[0] = keys[1];
+        keys[1] = keys[2];
+        keys[2] = keys[3];
     }
-    sum_halves(pages, second, key, sums, lanes);
-    sum_halves(second, next, key + HALF, sums, lanes);
     for (int i = 0; i < lanes; i++) {
         store_sums(&sums[i], results + PS_NH_PASSES * i);
     }
@@ -80,14 +68,14 @@ AVX2 void ps_digest_nh4aes_avx2(const ps_batch *batch)
 {
     uint64_t sums[PS_BATCH_MAX * PS_NH_PASSES];
     const uint8_t *const *pages = batch->pages;
-    size_t i = 0;
-    for (; i + LANES <= batch->count; i += LANES) {
-        const uint8_t *const *next = i + 2 * LANES <= batch->count + 1 ? pages + i + LANES
-                                                                      : pages + i + 1;
-        sum_pages(pages + i, next, batch->key->stream, sums + PS_NH_PASSES * i, LANES);
-    }
-    for (; i < batch->count; i++) {
-        sum_pages(pages + i, pages + i + 1, batch->key->stream, sums + PS_NH_PASSES * i, 1);
+    for (size_t i = 0; i < batch->count;) {
+        if (ps_batch_lanes(batch, i) == PS_LANES) {
+            sum_pages(pages + i, batch->key->stream, sums + PS_NH_PASSES * i, PS_LANES);
+            i += PS_LANES;
+        } else {
+            sum_pages(pages + i, batch->key->stream, sums + PS_NH_PASSES * i, 1);
+            i++;
+        }
     }
     ps_nh4aes_finish_batch(batch, sums);
 }

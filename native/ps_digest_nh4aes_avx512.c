@@ -8,7 +8,7 @@
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
 #define AVX512_INLINE AVX512 __attribute__((always_inline)) static inline
 
-enum { STEP = 64, LANES = 4, HALF = PS_PAGE_SIZE / 2, PASS = 32 /* bytes: eight words */ };
+enum { STEP = 64, PASS = 32 /* bytes: eight words */ };
 
 typedef struct {
     __m512i pass[PS_NH_PASSES];
@@ -24,38 +24,42 @@ AVX512_INLINE void add_products(page_sums *sums, __m512i words, const __m512i *k
     }
 }
 
-/* Half a page of each lane. Four keys, two of which serve the next step again. */
-AVX512_INLINE void sum_halves(const uint8_t *const *halves, const uint8_t *const *ahead,
-                              const uint8_t *key, page_sums *sums, int lanes)
+/* Sum of the upper and the lower half of two passes, which come to stand by turns. */
+AVX512_INLINE __m256i add_halves(__m512i even, __m512i odd)
 {
+    __m512i sum = _mm512_add_epi64(_mm512_unpacklo_epi64(even, odd),
+                                   _mm512_unpackhi_epi64(even, odd));
+    return _mm256_add_epi64(_mm512_castsi512_si256(sum), _mm512_extracti64x4_epi64(sum, 1));
+}
+
+AVX512_INLINE void store_sums(const page_sums *sums, uint64_t *results)
+{
+    __m256i t01 = add_halves(sums->pass[0], sums->pass[1]);
+    __m256i t23 = add_halves(sums->pass[2], sums->pass[3]);
+    __m256i low = _mm256_permute2x128_si256(t01, t23, 0x20);
+    __m256i high = _mm256_permute2x128_si256(t01, t23, 0x31);
+    _mm256_storeu_si256((__m256i *)results, _mm256_add_epi64(low, high));
+}
+
+/* The sums of `lanes` pages; as many behind them are prefetched. Of four key registers two serve
+ * the next step again. */
+AVX512_INLINE void sum_pages(const uint8_t *const *pages, const uint8_t *key, uint64_t *results,
+                           int lanes)
+{
+    page_sums sums[PS_LANES] = {0};
     __m512i keys[PS_NH_PASSES] = {_mm512_loadu_si512(key), _mm512_loadu_si512(key + PASS)};
-    for (size_t at = 0; at < HALF; at += STEP) {
+    for (size_t at = 0; at < PS_PAGE_SIZE; at += STEP) {
         keys[2] = _mm512_loadu_si512(key + at + 2 * PASS);
         keys[3] = _mm512_loadu_si512(key + at + 3 * PASS);
         for (int i = 0; i < lanes; i++) {
-            _mm_prefetch((const char *)ahead[i] + at, _MM_HINT_T0);
-            add_products(&sums[i], _mm512_loadu_si512(halves[i] + at), keys);
+            ps_prefetch(pages[i + lanes] + at, lanes);
+            add_products(&sums[i], _mm512_loadu_si512(pages[i] + at), keys);
         }
         keys[0] = keys[2];
         keys[1] = keys[3];
     }
-}
-
-/* `next` are the pages that come after these. */
-AVX512_INLINE void sum_pages(const uint8_t *const *pages, const uint8_t *const *next,
-                             const uint8_t *key, uint64_t *results, int lanes)
-{
-    page_sums sums[LANES] = {0};
-    const uint8_t *second[LANES];
     for (int i = 0; i < lanes; i++) {
-        second[i] = pages[i] + HALF;
-    }
-    sum_halves(pages, second, key, sums, lanes);
-    sum_halves(second, next, key + HALF, sums, lanes);
-    for (int i = 0; i < lanes; i++) {
-        for (int t = 0; t < PS_NH_PASSES; t++) {
-            results[PS_NH_PASSES * i + t] = (uint64_t)_mm512_reduce_add_epi64(sums[i].pass[t]);
-        }
+        store_sums(&sums[i], results + PS_NH_PASSES * i);
     }
 }
 
@@ -63,14 +67,14 @@ AVX512 void ps_digest_nh4aes_avx512(const ps_batch *batch)
 {
     uint64_t sums[PS_BATCH_MAX * PS_NH_PASSES];
     const uint8_t *const *pages = batch->pages;
-    size_t i = 0;
-    for (; i + LANES <= batch->count; i += LANES) {
-        const uint8_t *const *next = i + 2 * LANES <= batch->count + 1 ? pages + i + LANES
-                                                                      : pages + i + 1;
-        sum_pages(pages + i, next, batch->key->stream, sums + PS_NH_PASSES * i, LANES);
-    }
-    for (; i < batch->count; i++) {
-        sum_pages(pages + i, pages + i + 1, batch->key->stream, sums + PS_NH_PASSES * i, 1);
+    for (size_t i = 0; i < batch->count;) {
+        if (ps_batch_lanes(batch, i) == PS_LANES) {
+            sum_pages(pages + i, batch->key->stream, sums + PS_NH_PASSES * i, PS_LANES);
+            i += PS_LANES;
+        } else {
+            sum_pages(pages + i, batch->key->stream, sums + PS_NH_PASSES * i, 1);
+            i++;
+        }
     }
     ps_nh4aes_finish_batch(batch, sums);
 }

@@ -5,7 +5,7 @@
 
 #include <emmintrin.h>
 
-enum { STEP = 32, AHEAD = 2048 /* bytes; see ps_digest_nh4aes_avx2.c */ };
+enum { STEP = 32 };
 
 /* One pass over four words: two products, added to the two halves of `sum`. */
 static inline __m128i add_products(__m128i sum, __m128i words, const uint8_t *key)
@@ -14,26 +14,21 @@ static inline __m128i add_products(__m128i sum, __m128i words, const uint8_t *ke
     return _mm_add_epi64(sum, _mm_mul_epu32(keyed, _mm_srli_epi64(keyed, 32)));
 }
 
-static void sum_half(const uint8_t *half, const uint8_t *key, const uint8_t *ahead, __m128i *sums)
-{
-    for (size_t at = 0; at < PS_PAGE_SIZE / 2; at += STEP) {
-        if (at % 64 == 0) {
-            _mm_prefetch((const char *)ahead + at, _MM_HINT_T0);
-        }
-        __m128i low = _mm_loadu_si128((const __m128i *)(half + at));
-        __m128i high = _mm_loadu_si128((const __m128i *)(half + at + 16));
-        for (int t = 0; t < PS_NH_PASSES; t++) {
-            sums[t] = add_products(sums[t], low, key + at + 32 * t);
-            sums[t] = add_products(sums[t], high, key + at + 32 * t + 16);
-        }
-    }
-}
-
+/* One page. Four would not be faster: the sums of two fill the registers. */
 static void sum_page(const uint8_t *page, const uint8_t *key, const uint8_t *next, uint64_t *sums)
 {
     __m128i pairs[PS_NH_PASSES] = {0};
-    sum_half(page, key, page + AHEAD, pairs);
-    sum_half(page + AHEAD, key + AHEAD, next, pairs);
+    for (size_t at = 0; at < PS_PAGE_SIZE; at += STEP) {
+        if (at % 64 == 0) {
+            ps_prefetch(next + at, 1);
+        }
+        __m128i low = _mm_loadu_si128((const __m128i *)(page + at));
+        __m128i high = _mm_loadu_si128((const __m128i *)(page + at + 16));
+        for (int t = 0; t < PS_NH_PASSES; t++) {
+            pairs[t] = add_products(pairs[t], low, key + at + 32 * t);
+            pairs[t] = add_products(pairs[t], high, key + at + 32 * t + 16);
+        }
+    }
     for (int t = 0; t < PS_NH_PASSES; t++) {
         __m128i sum = _mm_add_epi64(pairs[t], _mm_unpackhi_epi64(pairs[t], pairs[t]));
         _mm_storel_epi64((__m128i *)(sums + t), sum);

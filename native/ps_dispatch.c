@@ -162,13 +162,14 @@ ps_aes_fn *ps_dispatch_aes(int form)
     return ps_aes_encrypt_portable;
 }
 
-ps_work_fn *ps_dispatch_read(void)
+ps_work_fn *ps_dispatch_read(bool interleaved)
 {
 #if defined(__x86_64__)
     if (ps_cpu_features() & PS_CPU_AVX2) {
-        return ps_read_pages_avx2;
+        return interleaved ? ps_read_interleaved_avx2 : ps_read_stream_avx2;
     }
 #endif
+    (void)interleaved;
     return ps_read_pages_portable;
 }
 

@@ -58,8 +58,11 @@ void ps_aes_expand(const uint8_t key[PS_BLOCK_SIZE], uint8_t round_keys[PS_AES_R
  * the finaliser; little enough that their digests stay in the L1 cache. */
 enum { PS_BATCH_MAX = 64 };
 
+/* Scattered pages that are read at once, and as many behind them prefetched. */
+enum { PS_LANES = 4 };
+
 typedef struct {
-    const uint8_t *const *pages; /* count + 1: the last one is only prefetched */
+    const uint8_t *const *pages; /* count + PS_LANES: the last ones are only prefetched */
     const uint64_t *frames;      /* NULL where the work takes none */
     size_t count;                /* 1 .. PS_BATCH_MAX */
     const struct ps_key *key;    /* NULL where the work takes none */
@@ -71,6 +74,27 @@ typedef struct {
  * while they are read, so a result hangs on one load of each byte. May be left by a jump at
  * any of these loads: it holds no lock and keeps no state outside `results`. */
 typedef void ps_work_fn(const ps_batch *batch);
+
+/* How many pages to read at once from page `at` of a batch on. Pages that follow each other in
+ * memory are one stream for the prefetcher of the CPU, and cutting it into several slows it
+ * down; scattered pages are so many misses that should not wait for each other. */
+static inline size_t ps_batch_lanes(const ps_batch *batch, size_t at)
+{
+    bool stream = batch->pages[at + 1] == batch->pages[at] + PS_PAGE_SIZE;
+    return stream || batch->count - at < PS_LANES ? 1 : PS_LANES;
+}
+
+/* Prefetches a line of a page that comes `lanes` pages later. A single page is part of a stream
+ * and goes where it is needed; several at once would use up the miss buffers of the first
+ * level, and go to the second. */
+__attribute__((always_inline)) static inline void ps_prefetch(const uint8_t *line, int lanes)
+{
+    if (lanes == 1) {
+        __builtin_prefetch(line, 0, 3);
+    } else {
+        __builtin_prefetch(line, 0, 2);
+    }
+}
 
 /* One file per digest and instruction set. The portable ones are freestanding. */
 ps_work_fn ps_digest_sha256_portable, ps_digest_nh4aes_portable;
@@ -87,14 +111,17 @@ ps_work_fn ps_digest_nh4aes_neon;
 extern const uint32_t ps_sha256_constants[64] __attribute__((aligned(16)));
 extern const uint8_t ps_sha256_padding[64];
 
-/* The second half of the keyed digests, for all pages of a batch. Freestanding. */
+/* The second half of the keyed digests, for all pages of a batch: from PS_NH_PASSES sums a
+ * page, or from PS_GF_SUMS: the exclusive or of all 64-bit products, two values each, low by
+ * low, crosswise, high by high. Freestanding. */
+enum { PS_GF_SUMS = 6 };
 void ps_nh4aes_finish_batch(const ps_batch *batch, const uint64_t *sums);
 void ps_gf128aes_finish_batch(const ps_batch *batch, const uint64_t *sums);
 
 /* Exclusive or of the words of each page, as ps_read_limit() wants it. */
 ps_work_fn ps_read_pages_portable;
 #if defined(__x86_64__)
-ps_work_fn ps_read_pages_avx2;
+ps_work_fn ps_read_stream_avx2, ps_read_interleaved_avx2;
 #endif
 
 /* ---- watch lists ---- */
@@ -130,7 +157,7 @@ void ps_cpu_restrict(uint32_t features);
 /* The implementations that run `digest` in `form`, which ps_form_pick() has given. */
 ps_work_fn *ps_dispatch_work(int digest, int form);
 ps_aes_fn *ps_dispatch_aes(int form);
-ps_work_fn *ps_dispatch_read(void);
+ps_work_fn *ps_dispatch_read(bool interleaved);
 ps_watch_fn *ps_dispatch_watch(void);
 
 /* ---- ps_guard.c ---- */

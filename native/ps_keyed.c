@@ -32,12 +32,26 @@ void ps_nh4aes_finish_batch(const ps_batch *batch, const uint64_t *sums)
     batch->aes(batch->key->round_keys, blocks, batch->count);
 }
 
-/* `sums` holds the field element F of each page, as two values, the low one first. */
+/* Puts the 255-bit sum of products together, `f` with the low value first, and takes it modulo
+ * x^128 + x^7 + x^2 + x + 1: what lies above bit 127 comes back times x^7 + x^2 + x + 1, and
+ * what that pushes above once more. */
+static void reduce(const uint64_t *sums, uint64_t f[2])
+{
+    const uint64_t *low = sums, *middle = sums + 2, *high = sums + 4;
+    uint64_t h0 = high[0] ^ middle[1], h1 = high[1];
+    h0 ^= h1 >> 63 ^ h1 >> 62 ^ h1 >> 57;
+    f[0] = low[0] ^ h0 ^ h0 << 1 ^ h0 << 2 ^ h0 << 7;
+    f[1] = low[1] ^ middle[0] ^ h1 ^ (h1 << 1 | h0 >> 63) ^ (h1 << 2 | h0 >> 62) ^
+           (h1 << 7 | h0 >> 57);
+}
+
 void ps_gf128aes_finish_batch(const ps_batch *batch, const uint64_t *sums)
 {
     for (size_t i = 0; i < batch->count; i++) {
-        put64(batch->results + i * PS_BLOCK_SIZE, sums[2 * i] ^ batch->frames[i]);
-        put64(batch->results + i * PS_BLOCK_SIZE + 8, sums[2 * i + 1]);
+        uint64_t f[2];
+        reduce(sums + PS_GF_SUMS * i, f);
+        put64(batch->results + i * PS_BLOCK_SIZE, f[0] ^ batch->frames[i]);
+        put64(batch->results + i * PS_BLOCK_SIZE + 8, f[1]);
     }
     batch->aes(batch->key->round_keys, batch->results, batch->count);
 }

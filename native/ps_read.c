@@ -1,15 +1,17 @@
 /* The read limit: nothing but loads, as the yardstick of every scan. */
+#include <string.h>
+
 #include "ps_internal.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
+enum { LANES = 8 };
+
 static void put_sum(const ps_batch *batch, size_t index, uint64_t sum)
 {
-    for (size_t i = 0; i < sizeof sum; i++) {
-        batch->results[sizeof sum * index + i] = (uint8_t)(sum >> 8 * i);
-    }
+    memcpy(batch->results + sizeof sum * index, &sum, sizeof sum);
 }
 
 void ps_read_pages_portable(const ps_batch *batch)
@@ -18,7 +20,7 @@ void ps_read_pages_portable(const ps_batch *batch)
         uint64_t sum = 0;
         for (size_t at = 0; at < PS_PAGE_SIZE; at += sizeof sum) {
             uint64_t word;
-            __builtin_memcpy(&word, batch->pages[i] + at, sizeof word);
+            memcpy(&word, batch->pages[i] + at, sizeof word);
             sum ^= word;
         }
         put_sum(batch, i, sum);
@@ -27,13 +29,12 @@ void ps_read_pages_portable(const ps_batch *batch)
 
 #if defined(__x86_64__)
 
-/* `lanes` pages at once: as many streams for the prefetcher of the CPU, and as many misses
- * that do not wait for each other. Results: the sum goes to the first page, zero to the others. */
+/* `lanes` pages at once: so many misses that do not wait for each other. */
 __attribute__((target("avx2"), always_inline)) static inline void
 read_lanes(const ps_batch *batch, size_t first, int lanes)
 {
     const uint8_t *const *pages = batch->pages + first;
-    __m256i sums[8] = {0};
+    __m256i sums[LANES] = {0};
     for (size_t at = 0; at < PS_PAGE_SIZE; at += 64) {
         for (int i = 0; i < lanes; i++) {
             const __m256i *words = (const __m256i *)(pages[i] + at);
@@ -49,11 +50,18 @@ read_lanes(const ps_batch *batch, size_t first, int lanes)
     }
 }
 
-__attribute__((target("avx2"))) void ps_read_pages_avx2(const ps_batch *batch)
+__attribute__((target("avx2"))) void ps_read_stream_avx2(const ps_batch *batch)
+{
+    for (size_t i = 0; i < batch->count; i++) {
+        read_lanes(batch, i, 1);
+    }
+}
+
+__attribute__((target("avx2"))) void ps_read_interleaved_avx2(const ps_batch *batch)
 {
     size_t i = 0;
-    for (; i + 8 <= batch->count; i += 8) {
-        read_lanes(batch, i, 8);
+    for (; i + LANES <= batch->count; i += LANES) {
+        read_lanes(batch, i, LANES);
     }
     for (; i < batch->count; i++) {
         read_lanes(batch, i, 1);

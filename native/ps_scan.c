@@ -113,7 +113,8 @@ static void work_on_pages(const page_job *job, guarded_batch *guarded, uint8_t *
         return;
     }
     for (size_t i = 0; i < all.count; i++) {
-        const uint8_t *const pages[2] = {all.pages[i], all.pages[i]};
+        const uint8_t *const page = all.pages[i];
+        const uint8_t *const pages[1 + PS_LANES] = {page, page, page, page, page};
         guarded->batch.pages = pages;
         guarded->batch.frames = all.frames != NULL ? all.frames + i : NULL;
         guarded->batch.count = 1;
@@ -126,12 +127,21 @@ static void work_on_pages(const page_job *job, guarded_batch *guarded, uint8_t *
     }
 }
 
+/* The pages from `index` on, to be prefetched; where there are none, those before again. */
+static void add_pages_ahead(const page_list *list, size_t index, const uint8_t **pages)
+{
+    for (size_t i = 0; i < PS_LANES; i++) {
+        const uint8_t *ahead = i < list->count - index ? page_at(list, index + i) : NULL;
+        pages[i] = ahead != NULL ? ahead : pages[-1];
+    }
+}
+
 /* One batch: pages `first` to `first + count - 1`, at most PS_BATCH_MAX of them. */
 static void work_on_batch(const page_job *job, size_t first, size_t count, uint8_t *results)
 {
     const page_list *list = job->list;
     const page_work *work = job->work;
-    const uint8_t *pages[PS_BATCH_MAX + 1];
+    const uint8_t *pages[PS_BATCH_MAX + PS_LANES];
     size_t done = 0;
     while (done < count) {
         size_t at = first + done, run = 0;
@@ -140,8 +150,7 @@ static void work_on_batch(const page_job *job, size_t first, size_t count, uint8
         }
         uint8_t *result = results + done * work->result_size;
         if (run > 0) {
-            const uint8_t *next = at + run < list->count ? page_at(list, at + run) : NULL;
-            pages[run] = next != NULL ? next : pages[run - 1];
+            add_pages_ahead(list, at + run, pages + run);
             guarded_batch guarded = {
                 work->run,
                 {pages, list->frames != NULL ? list->frames + at : NULL, run, work->key, work->aes,
@@ -351,7 +360,6 @@ int ps_nh4aes_finish(const ps_key *key, const uint64_t *sums, const uint64_t *fr
     return PS_OK;
 }
 
-/* What a thread reads of a part is kept in its stack, and added up at the end. */
 typedef struct {
     page_job job;
     _Atomic uint64_t sum;
@@ -366,13 +374,15 @@ static void read_part(void *context, size_t part)
     uint64_t words[PS_BATCH_MAX];
     for (size_t at = first; at < end; at += PS_BATCH_MAX) {
         size_t count = end - at < PS_BATCH_MAX ? end - at : PS_BATCH_MAX;
-        const uint8_t *pages[PS_BATCH_MAX + 1];
-        for (size_t i = 0; i <= count; i++) {
-            pages[i] = page_at(reading->job.list, at + (i < count ? i : 0));
+        const uint8_t *pages[PS_BATCH_MAX];
+        bool present = true;
+        for (size_t i = 0; i < count; i++) {
+            pages[i] = page_at(reading->job.list, at + i);
+            present &= pages[i] != NULL;
         }
         guarded_batch guarded = {reading->job.work->run,
                                  {.pages = pages, .count = count, .results = (uint8_t *)words}};
-        if (!run_guarded(reading->job.list, &guarded)) {
+        if (!present || !run_guarded(reading->job.list, &guarded)) {
             reading->failed = true;
             return;
         }
@@ -382,10 +392,11 @@ static void read_part(void *context, size_t part)
     }
 }
 
-int ps_read_limit(ps_pool *pool, const uint8_t *pages, size_t count, uint64_t *sum)
+int ps_read_limit(ps_pool *pool, const uint8_t *base, size_t base_length, const uint64_t *offsets,
+                  size_t count, int interleaved, uint64_t *sum)
 {
     page_list list;
-    int result = list_from_range(&list, pages, count, NULL);
+    int result = list_from_offsets(&list, base, base_length, offsets, count, NULL);
     if (result != PS_OK || sum == NULL) {
         return PS_ERR_ARGUMENT;
     }
@@ -393,7 +404,7 @@ int ps_read_limit(ps_pool *pool, const uint8_t *pages, size_t count, uint64_t *s
     if (result != PS_OK) {
         return result;
     }
-    const page_work work = {.run = ps_dispatch_read(), .result_size = sizeof *sum, .pool = pool};
+    const page_work work = {.run = ps_dispatch_read(interleaved != 0), .result_size = sizeof *sum, .pool = pool};
     read_job reading = {.job = {.work = &work, .list = &list}};
     ps_pool_run(pool, read_part, &reading, count / PART_PAGES + (count % PART_PAGES > 0));
     *sum = reading.sum;

@@ -166,10 +166,13 @@ int ps_watch_compare(const uint8_t *base, size_t base_length, const uint64_t *of
                      const uint64_t *expected, size_t count, uint8_t *statuses,
                      uint64_t *indices, size_t indices_max, ps_tally *tally);
 
-/* The yardstick of all scans: only reads `count` pages (whole vectors, interleaved over eight
- * pages, in the same loop and under the same guard) and gives the exclusive or of all their
- * 64-bit words. PS_ERR_ARGUMENT also when a page could not be read. */
-int ps_read_limit(ps_pool *pool, const uint8_t *pages, size_t count, uint64_t *sum);
+/* The yardstick of all scans: only reads the pages at `base + offsets[i]` with whole vectors, in
+ * the same loop and under the same guard, and gives the exclusive or of all their 64-bit
+ * words. `interleaved` reads eight pages at once, otherwise one after the other: which of
+ * the two is faster depends on the CPU and on how scattered the pages are. PS_ERR_ARGUMENT
+ * also when a page cannot be read. */
+int ps_read_limit(ps_pool *pool, const uint8_t *base, size_t base_length, const uint64_t *offsets,
+                  size_t count, int interleaved, uint64_t *sum);
 
 /* --- cffi end --- */
 #endif

@@ -245,18 +245,26 @@ def finish_nh4aes(key: DigestKey, sums: NDArray[np.uint64], frames: Frames, dige
 class ReadLimit:
     """The yardstick of all scans: reads pages with nothing but loads, on `threads` threads."""
 
-    def __init__(self, threads: int = 1) -> None:
+    def __init__(self, threads: int = 1, *, interleaved: bool = True) -> None:
+        self._interleaved = interleaved
         self._pool = _new_pool(threads)
-        self._sum = ffi.new("uint64_t *")
         if self._pool != ffi.NULL:
             weakref.finalize(self, lib.ps_pool_free, self._pool)
 
-    def read(self, pages: Buffer) -> int:
-        """The exclusive or of all 64-bit words of `pages`, as in `Digester.hash_pages`."""
-        pages = base.as_pages(pages)
-        result = lib.ps_read_limit(self._pool, _bytes(pages), len(pages), self._sum)
+    def read_view(self, data: memoryview, offsets: Offsets) -> int:
+        """The exclusive or of all 64-bit words of the pages at `offsets` of `data`.
+
+        Interleaved over eight pages or one after the other: the limit is the better of both.
+        Raises ValueError when a page cannot be read or a shape does not fit.
+        """
+        data = base.as_data(data)
+        offsets = base.as_offsets(offsets)
+        found = ffi.new("uint64_t *")
+        result = lib.ps_read_limit(self._pool, *_scattered(data, offsets), self._interleaved, found)
+        if result == lib.PS_ERR_ARGUMENT:
+            raise ValueError("offsets: a page cannot be read")
         _check("ps_read_limit", result)
-        return int(self._sum[0])
+        return int(found[0])
 
 
 class _Report:
