@@ -26,6 +26,7 @@ from pyscan.records import PAGE_SIZE
 
 _FILL_BYTES: Final = 16 << 20
 _CACHES: Final = Path("/sys/devices/system/cpu/cpu0/cache")
+_MEMORY: Final = Path("/proc/meminfo")
 _HUGE_PAGES: Final = Path("/sys/kernel/mm/transparent_hugepage")
 
 
@@ -83,6 +84,12 @@ def last_level_cache_bytes() -> int:
         if found:
             sizes.append(int(found[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[found[2]])
     return max(sizes)
+
+
+def available_bytes() -> int:
+    """Memory that can be had without driving others out (MemAvailable, proc(5))."""
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", _MEMORY.read_text(), re.MULTILINE)
+    return int(found[1]) << 10 if found else 0
 
 
 def evictor() -> Callable[[], None]:

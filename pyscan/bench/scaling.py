@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import numpy as np
 from pyscan.bench.contenders import Ready, ready
 from pyscan.bench.document import Point, Series
 from pyscan.bench.measure import Plan, Progress
-from pyscan.bench.memory import Backing, Memory, filled, workload
+from pyscan.bench.memory import Backing, Memory, available_bytes, filled, workload
 from pyscan.bench.peers import Unavailable
 from pyscan.bench.runner import Entry, Samples, alternate
 from pyscan.bench.shapes import BY_NAME
@@ -72,8 +71,7 @@ def measure_series(plan: Plan, quick: bool, progress: Progress) -> list[Series]:
 def _largest(quick: bool) -> int:
     if quick:
         return _QUICK_BYTES
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(_QUICK_BYTES, int(available * _SHARE))
+    return max(_QUICK_BYTES, int(available_bytes() * _SHARE))
 
 
 def _by_size(plan: Plan, threads: int, largest: int) -> list[Series]:
