@@ -176,9 +176,6 @@ ps_work_fn *ps_dispatch_read(bool interleaved)
 ps_watch_fn *ps_dispatch_watch(void)
 {
 #if defined(__x86_64__)
-    if (ps_cpu_features() & PS_CPU_AVX512) {
-        return ps_watch_equal_avx512;
-    }
     if (ps_cpu_features() & PS_CPU_AVX2) {
         return ps_watch_equal_avx2;
     }

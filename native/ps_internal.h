@@ -132,7 +132,7 @@ typedef bool ps_watch_fn(const uint8_t *base, uint64_t offset_max, const uint64_
                          const uint64_t *expected, size_t count);
 ps_watch_fn ps_watch_equal_portable;
 #if defined(__x86_64__)
-ps_watch_fn ps_watch_equal_avx2, ps_watch_equal_avx512;
+ps_watch_fn ps_watch_equal_avx2;
 #endif
 
 /* ---- ps_dispatch.c: the only CPU detection ---- */

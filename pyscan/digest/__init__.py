@@ -8,8 +8,8 @@ from pyscan.digest._native import (
     FORM_VARIABLE,
     NativeDigester,
     ReadLimit,
+    WatchList,
     available_forms,
-    compare_values,
 )
 from pyscan.digest.base import (
     DIGESTS,
@@ -32,8 +32,8 @@ __all__ = [
     "DigestKind",
     "Digester",
     "ReadLimit",
+    "WatchList",
     "available_forms",
-    "compare_values",
     "open_digester",
 ]
 

@@ -24,6 +24,9 @@ INDICES_MAX: Final = 4096
 #: Threads that a digester can have.
 THREADS_MAX: Final = 256
 
+_UINT8: Final = np.dtype(np.uint8)
+_UINT64: Final = np.dtype(np.uint64)
+
 Bytes = NDArray[np.uint8]
 Offsets = NDArray[np.uint64]
 Frames = NDArray[np.uint64]
@@ -146,7 +149,7 @@ def as_pages(pages: Buffer) -> Bytes:
         if len(flat) % PAGE_SIZE:
             raise ValueError(f"pages: {len(flat)} bytes are not whole pages of {PAGE_SIZE} bytes")
         return flat.reshape(-1, PAGE_SIZE)
-    _check("pages", pages, np.uint8, (None, PAGE_SIZE))
+    _check("pages", pages, _UINT8, (*pages.shape[:1], PAGE_SIZE))
     if not pages.flags.c_contiguous:
         raise ValueError("pages: the array is not contiguous")
     return pages
@@ -154,7 +157,7 @@ def as_pages(pages: Buffer) -> Bytes:
 
 def as_output(pages: Bytes, count: int) -> Bytes:
     """`pages` as a writable array of shape (count, PAGE_SIZE), without a copy."""
-    _check("pages", pages, np.uint8, (count, PAGE_SIZE))
+    _check("pages", pages, _UINT8, (count, PAGE_SIZE))
     if not (pages.flags.c_contiguous and pages.flags.writeable):
         raise ValueError("pages: the array is not contiguous or is read-only")
     return pages
@@ -169,7 +172,7 @@ def as_data(data: memoryview) -> memoryview:
 
 def as_offsets(offsets: Offsets) -> Offsets:
     """`offsets` as a contiguous array of shape (n,)."""
-    _check("offsets", offsets, np.uint64, (None,))
+    _check("offsets", offsets, _UINT64, offsets.shape[:1])
     return np.ascontiguousarray(offsets)
 
 
@@ -179,19 +182,19 @@ def as_frames(frames: Frames | None, kind: DigestKind, count: int) -> Frames | N
         return None
     if frames is None:
         raise ValueError(f"frames: {kind.name} needs the frame number of every page")
-    _check("frames", frames, np.uint64, (count,))
+    _check("frames", frames, _UINT64, (count,))
     return np.ascontiguousarray(frames)
 
 
 def as_expected(expected: Bytes, kind: DigestKind, count: int) -> Bytes:
     """`expected` as a contiguous array of shape (count, kind.size)."""
-    _check("expected", expected, np.uint8, (count, kind.size))
+    _check("expected", expected, _UINT8, (count, kind.size))
     return np.ascontiguousarray(expected)
 
 
 def as_values(values: Offsets, count: int) -> Offsets:
     """Expected values of a watch list as a contiguous array of shape (count,)."""
-    _check("values", values, np.uint64, (count,))
+    _check("values", values, _UINT64, (count,))
     return np.ascontiguousarray(values)
 
 
@@ -202,16 +205,9 @@ def as_indices_max(indices_max: int, count: int) -> int:
     return min(indices_max, count)
 
 
-def _check(
-    name: str, array: NDArray[Any], kind: type[np.generic], shape: tuple[int | None, ...]
-) -> None:
-    """Raise ValueError unless `array` has this dtype and shape; None fits any length."""
-    fits = array.ndim == len(shape) and all(
-        wanted in (None, length) for wanted, length in zip(shape, array.shape, strict=True)
-    )
-    if not fits or array.dtype != kind:
-        wanted_shape = tuple("n" if length is None else length for length in shape)
+def _check(name: str, array: NDArray[Any], kind: np.dtype[Any], shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless `array` has this dtype and shape."""
+    if array.shape != shape or (array.dtype is not kind and array.dtype != kind):
         raise ValueError(
-            f"{name}: {array.dtype} of shape {array.shape} given, "
-            f"{np.dtype(kind)} of shape {wanted_shape} needed"
+            f"{name}: {array.dtype} of shape {array.shape} given, {kind} of shape {shape} needed"
         )

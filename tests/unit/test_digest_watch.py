@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyscan.digest import ReadLimit, compare_values
+from pyscan.digest import ReadLimit, WatchList
 from pyscan.records import PAGE_SIZE, PageStatus
 
 DATA = np.random.default_rng(3).integers(0, 256, 16 * PAGE_SIZE, dtype=np.uint8)
@@ -44,7 +44,7 @@ def test_every_value_is_equal_different_or_a_hole(
     for index in changed:
         values[index] ^= np.uint64(1 << bit)
     holes = {index for index, offset in enumerate(offsets) if offset > len(DATA) - 8}
-    comparison = compare_values(VIEW, offsets_of(offsets), values)
+    comparison = WatchList(offsets_of(offsets), values).compare(VIEW)
     assert comparison.indices.tolist() == sorted(holes | changed)
     assert comparison.unreadable == len(holes)
     assert comparison.mismatched == len(changed - holes)
@@ -52,9 +52,24 @@ def test_every_value_is_equal_different_or_a_hole(
     assert {int(index) for index in np.flatnonzero(comparison.statuses)} == holes
 
 
+def test_a_result_outlives_the_next_compare() -> None:
+    data = bytearray(DATA.tobytes())
+    offsets = list(range(0, 800, 8))
+    watched = WatchList(offsets_of(offsets), values_at(offsets))
+    data[80] ^= 1
+    first = watched.compare(memoryview(data))
+    data[160] ^= 1
+    second = watched.compare(memoryview(data))
+    data[80] ^= 1
+    data[160] ^= 1
+    assert watched.compare(memoryview(data)).ok == 100
+    assert (first.indices.tolist(), second.indices.tolist()) == ([10], [10, 20])
+
+
 def test_the_list_is_bounded() -> None:
     offsets = list(range(100))
-    comparison = compare_values(VIEW, offsets_of(offsets), values_at(offsets) ^ 1, indices_max=7)
+    watched = WatchList(offsets_of(offsets), values_at(offsets) ^ 1, indices_max=7)
+    comparison = watched.compare(VIEW)
     assert comparison.indices.tolist() == list(range(7))
     assert comparison.mismatched == 100
 
@@ -66,7 +81,7 @@ def test_values_of_a_truncated_file_are_link_down(tmp_path: Path) -> None:
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as ram:
         file.truncate(2 * PAGE_SIZE)
         with memoryview(ram) as view:
-            comparison = compare_values(view, offsets_of(offsets), values_at(offsets))
+            comparison = WatchList(offsets_of(offsets), values_at(offsets)).compare(view)
     gone = [PageStatus.OK] * 2 + [PageStatus.LINK_DOWN] * 2
     assert comparison.statuses.tolist() == gone
     assert comparison.indices.tolist() == [2, 3]
@@ -82,7 +97,7 @@ def test_values_of_a_truncated_file_are_link_down(tmp_path: Path) -> None:
 )
 def test_lists_that_do_not_fit_are_refused(offsets: np.ndarray, values: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"^(offsets|values): "):
-        compare_values(VIEW, offsets, values)
+        WatchList(offsets, values)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
