@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from pyscan.digest import compare_values
+from pyscan.digest import WatchList
 
 
 @pytest.mark.parametrize("count", [0, 512, 8192])
@@ -17,5 +17,5 @@ def bench_watch_list(benchmark: BenchmarkFixture, pages: NDArray[np.uint8], coun
     data = memoryview(pages).cast("B")[: 4 << 20].toreadonly()
     words = np.frombuffer(data, dtype="<u8")
     chosen = np.sort(np.random.default_rng().choice(len(words), size=count, replace=False))
-    offsets, values = (8 * chosen).astype(np.uint64), words[chosen]
-    assert benchmark(compare_values, data, offsets, values).ok == count
+    watched = WatchList((8 * chosen).astype(np.uint64), words[chosen])
+    assert benchmark(watched.compare, data).ok == count

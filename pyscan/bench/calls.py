@@ -14,7 +14,7 @@ from pyscan.bench.measure import Plan, Progress
 from pyscan.bench.memory import Backing, Memory, filled
 from pyscan.bench.peers import Unavailable
 from pyscan.bench.runner import Entry, alternate
-from pyscan.digest import compare_values
+from pyscan.digest import WatchList
 from pyscan.errors import InternalError
 
 _VALUES: Final = 8192
@@ -65,9 +65,10 @@ def _watch_list(name: str, places: NDArray[np.int64], memory: Memory, rounds: in
     words = np.frombuffer(memory.data, dtype="<u8")
     offsets, expected = (8 * places).astype(np.uint64), words[places]
     data = memory.data.toreadonly()
+    watched = WatchList(offsets, expected)
 
     def native() -> int:
-        return compare_values(data, offsets, expected).mismatched
+        return watched.compare(data).mismatched
 
     def gather() -> int:
         return int(np.count_nonzero(words[places] != expected))
