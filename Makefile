@@ -5,7 +5,7 @@ PYTHON := .venv/bin/python
 ARGS :=
 
 .DEFAULT_GOAL := help
-.PHONY: help ready setup demo test lint clean
+.PHONY: help ready setup demo test lint bench clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -27,6 +27,14 @@ lint: ready ## Check style, types and import contracts
 
 test: lint ## Check everything, then run all tests; options: make test ARGS="-k lab"
 	@$(PYTHON) -m pytest $(ARGS)
+
+bench: ## Measure; options: make bench ARGS="--quick --json FILE"
+	@.ci/setup bench
+	@$(PYTHON) -m pyscan bench $(ARGS)
+	@$(PYTHON) -m pytest bench --override-ini "python_files=bench_*.py" \
+		--override-ini "python_functions=bench_*" --benchmark-min-rounds=20 \
+		--benchmark-max-time=0.2 --benchmark-columns=min,median,max,rounds \
+		--benchmark-sort=name --benchmark-disable-gc
 
 clean: ## Remove everything that set-up and the checks made
 	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

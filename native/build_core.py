@@ -11,13 +11,13 @@ from cffi import FFI
 HEADER = "native/pyscan.h"
 MARKS = ("/* --- cffi begin --- */", "/* --- cffi end --- */")
 
-SOURCES = [
-    "native/ps_digest_sha256_portable.c",
-    "native/ps_digest_sha256_shani.c",
-    "native/ps_dispatch.c",
-    "native/ps_guard.c",
-    "native/ps_scan.c",
-]
+#: Files that hold test code; everything else is the core.
+TESTS = {"main.c"}
+SOURCES = sorted(
+    path.as_posix()
+    for path in Path("native").glob("*.c")
+    if path.name not in TESTS and not path.name.startswith("driver_")
+)
 
 
 def declarations() -> str:

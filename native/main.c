@@ -2,18 +2,22 @@
  *
  *     cd native && gcc -std=c11 -g -O1 -fsanitize=address,undefined \
  *         -fno-sanitize-recover=all -pthread *.c -o driver
- *     ./driver ../tests/vectors/sha256-pages.json
+ *     ./driver [--emulated] ../tests/vectors/{sha256,nh4aes,gf128aes}-pages.json
+ *
+ * With --emulated, as under qemu-user, it leaves out what is about the kernel and not about
+ * the CPU.
  *
  * One line per group, then the totals; the exit status is 0 only when nothing failed.
  */
-#include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "driver.h"
 
-static const char *vectors_path;
+ps_method method;
+size_t digest_size;
+
 static int passed, failed;
 
 void check(bool holds, const char *condition, const char *file, int line)
@@ -57,8 +61,7 @@ static void fill_xorshift32(uint8_t *page, uint32_t state)
     }
 }
 
-/* The rules of tests/vectors/make.py. */
-static bool fill_by_rule(uint8_t *page, const char *rule, uint32_t a, uint32_t b)
+bool fill_by_rule(uint8_t *page, const char *rule, uint32_t a, uint32_t b)
 {
     if (strcmp(rule, "xorshift32") == 0) {
         fill_xorshift32(page, a);
@@ -78,8 +81,7 @@ void fill_pages(uint8_t *pages, size_t count)
     }
 }
 
-/* `count` filled pages, `skew` bytes off alignment; free() takes *block. */
-static uint8_t *make_pages(size_t count, size_t skew, void **block)
+uint8_t *make_pages(size_t count, size_t skew, void **block)
 {
     *block = malloc(count * PAGE + skew + 1);
     require(*block != NULL, "malloc");
@@ -87,87 +89,65 @@ static uint8_t *make_pages(size_t count, size_t skew, void **block)
     return (uint8_t *)*block + skew;
 }
 
+const uint64_t *frames(void)
+{
+    static uint64_t numbers[PAGES_MAX];
+    for (uint64_t i = 0; i < PAGES_MAX; i++) {
+        numbers[i] = 7 + i * 0x10001;
+    }
+    return numbers;
+}
+
 const uint8_t *reference_digests(void)
 {
-    static uint8_t digests[PAGES_MAX * DIGEST];
-    static bool made;
-    if (!made) {
+    static uint8_t digests[PS_DIGEST_GF128AES + 1][PAGES_MAX * DIGEST_MAX];
+    static bool made[PS_DIGEST_GF128AES + 1];
+    if (!made[method.digest]) {
         uint8_t page[PAGE];
         for (uint32_t i = 0; i < PAGES_MAX; i++) {
-            const uint8_t *pages = page;
             fill_xorshift32(page, i + 1);
-            ps_digest_sha256_portable(&pages, 1, digests + i * DIGEST);
+            reference_digest(page, frames()[i], digests[method.digest] + i * digest_size);
         }
-        made = true;
+        made[method.digest] = true;
     }
-    return digests;
+    return digests[method.digest];
 }
 
 /* ---- groups that run in every form ---- */
-
-static bool digest_from_hex(const char *hex, uint8_t *digest)
-{
-    for (size_t i = 0; i < DIGEST; i++) {
-        if (sscanf(hex + 2 * i, "%2hhx", &digest[i]) != 1) {
-            return false;
-        }
-    }
-    return strlen(hex) == 2 * DIGEST;
-}
-
-static void test_vectors(void)
-{
-    FILE *file = fopen(vectors_path, "r");
-    require(file != NULL, vectors_path);
-    char line[512], rule[16], hex[2 * DIGEST + 2];
-    uint32_t a, b;
-    size_t vectors = 0;
-    while (fgets(line, sizeof line, file) != NULL) {
-        if (sscanf(line,
-                   "{\"name\": \"%*[^\"]\", \"rule\": \"%15[^\"]\", \"a\": %" SCNu32
-                   ", \"b\": %" SCNu32 ", \"sha256\": \"%65[^\"]\"}",
-                   rule, &a, &b, hex) != 4) {
-            continue;
-        }
-        uint8_t page[PAGE], expected[DIGEST], digest[DIGEST], status;
-        CHECK(fill_by_rule(page, rule, a, b) && digest_from_hex(hex, expected));
-        CHECK(ps_digest_range(page, 1, digest, &status) == PS_OK && status == PS_PAGE_OK);
-        CHECK(memcmp(digest, expected, DIGEST) == 0);
-        vectors++;
-    }
-    fclose(file);
-    CHECK(vectors >= 10);
-}
 
 static void check_shape(const uint8_t *pages, size_t count)
 {
     const uint8_t *expected = reference_digests();
     uint64_t *offsets = calloc(count + 1, sizeof *offsets);
-    uint8_t *digests = malloc(count * DIGEST + 1), *statuses = malloc(count + 1);
+    uint64_t *tweaks = calloc(count + 1, sizeof *tweaks);
+    uint8_t *digests = malloc(count * DIGEST_MAX + 1), *statuses = malloc(count + 1);
     uint8_t *copies = malloc(count * PAGE + 1);
-    require(offsets && digests && statuses && copies, "malloc");
+    require(offsets && tweaks && digests && statuses && copies, "malloc");
 
     memset(statuses, 0xff, count);
-    CHECK(ps_digest_range(pages, count, digests, statuses) == PS_OK);
-    CHECK(memcmp(digests, expected, count * DIGEST) == 0);
+    CHECK(ps_digest_range(&method, pages, count, frames(), digests, statuses) == PS_OK);
+    CHECK(memcmp(digests, expected, count * digest_size) == 0);
     CHECK(all_equal(statuses, PS_PAGE_OK, count));
 
     for (size_t i = 0; i < count; i++) {
         offsets[i] = (count - 1 - i) * PAGE;
+        tweaks[i] = frames()[count - 1 - i];
     }
     memset(statuses, 0xff, count);
-    CHECK(ps_digest_list(pages, count * PAGE, offsets, count, digests, statuses) == PS_OK);
-    CHECK(ps_copy_list(pages, count * PAGE, offsets, count, copies, statuses) == PS_OK);
+    CHECK(ps_digest_list(&method, pages, count * PAGE, offsets, count, tweaks, digests, statuses) ==
+          PS_OK);
+    CHECK(ps_copy_list(method.pool, pages, count * PAGE, offsets, count, copies, statuses) == PS_OK);
     CHECK(all_equal(statuses, PS_PAGE_OK, count));
     bool digested = true, copied = true;
     for (size_t i = 0; i < count; i++) {
         size_t from = count - 1 - i;
-        digested &= memcmp(digests + i * DIGEST, expected + from * DIGEST, DIGEST) == 0;
+        digested &= memcmp(digests + i * digest_size, expected + from * digest_size, digest_size) == 0;
         copied &= memcmp(copies + i * PAGE, pages + from * PAGE, PAGE) == 0;
     }
     CHECK(digested);
     CHECK(copied);
     free(offsets);
+    free(tweaks);
     free(digests);
     free(statuses);
     free(copies);
@@ -194,22 +174,23 @@ static void test_bounds(void)
     const uint64_t offsets[COUNT] = {0,          PAGE,           PAGE + 1,  2 * PAGE,
                                      UINT64_MAX, UINT64_MAX / 2, PAGE / 2, (uint64_t)0 - PAGE};
     const uint8_t holes[COUNT] = {0, 0, 1, 1, 1, 1, 0, 1};
-    uint8_t digests[COUNT * DIGEST], statuses[COUNT], copies[COUNT * PAGE];
+    uint8_t digests[COUNT * DIGEST_MAX], statuses[COUNT], copies[COUNT * PAGE];
 
-    CHECK(ps_digest_list(pages, 2 * PAGE, offsets, COUNT, digests, statuses) == PS_OK);
+    CHECK(ps_digest_list(&method, pages, 2 * PAGE, offsets, COUNT, frames(), digests, statuses) == PS_OK);
     CHECK(memcmp(statuses, holes, COUNT) == 0);
-    CHECK(memcmp(digests, reference_digests(), 2 * DIGEST) == 0);
-    CHECK(ps_copy_list(pages, 2 * PAGE, offsets, COUNT, copies, statuses) == PS_OK);
+    CHECK(memcmp(digests, reference_digests(), 2 * digest_size) == 0);
+    CHECK(ps_copy_list(method.pool, pages, 2 * PAGE, offsets, COUNT, copies, statuses) == PS_OK);
     CHECK(memcmp(statuses, holes, COUNT) == 0);
     for (size_t i = 0; i < COUNT; i++) {
-        CHECK(all_equal(digests + i * DIGEST, PS_POISON, DIGEST) == holes[i]);
+        CHECK(all_equal(digests + i * digest_size, PS_POISON, digest_size) == holes[i]);
         CHECK(all_equal(copies + i * PAGE, PS_POISON, PAGE) == holes[i]);
     }
     static const size_t lengths[] = {0, 1, PAGE - 1};
     for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++) {
-        CHECK(ps_digest_list(pages, lengths[i], offsets, COUNT, digests, statuses) == PS_OK);
+        CHECK(ps_digest_list(&method, pages, lengths[i], offsets, COUNT, frames(), digests,
+                             statuses) == PS_OK);
         CHECK(all_equal(statuses, PS_PAGE_HOLE, COUNT));
-        CHECK(all_equal(digests, PS_POISON, sizeof digests));
+        CHECK(all_equal(digests, PS_POISON, COUNT * digest_size));
     }
     free(block);
 }
@@ -219,27 +200,27 @@ static void check_compare(const uint8_t *pages, size_t indices_max)
 {
     enum { COUNT = 41 };
     static const uint64_t unequal[] = {3, 4, 20, 40};
-    uint8_t expected[COUNT * DIGEST], statuses[COUNT];
+    uint8_t expected[COUNT * DIGEST_MAX], statuses[COUNT];
     uint64_t offsets[COUNT], indices[5] = {99, 99, 99, 99, 99};
     ps_tally tally;
     memcpy(expected, reference_digests(), sizeof expected);
-    expected[3 * DIGEST] ^= 0x80;
-    expected[4 * DIGEST + 31] ^= 0x01;
-    expected[40 * DIGEST + 16] ^= 0x10;
+    expected[3 * digest_size] ^= 0x80;
+    expected[5 * digest_size - 1] ^= 0x01;
+    expected[40 * digest_size + 9] ^= 0x10;
     for (size_t i = 0; i < COUNT; i++) {
         offsets[i] = i == 20 ? UINT64_MAX : i * PAGE;
     }
     size_t listed = indices_max < 4 ? indices_max : 4;
 
-    CHECK(ps_compare_list(pages, COUNT * PAGE, offsets, COUNT, expected, statuses, indices,
-                          indices_max, &tally) == PS_OK);
+    CHECK(ps_compare_list(&method, pages, COUNT * PAGE, offsets, COUNT, frames(), expected,
+                          statuses, indices, indices_max, &tally) == PS_OK);
     CHECK(tally.ok == 37 && tally.mismatched == 3 && tally.unreadable == 1);
     CHECK(tally.listed == listed && memcmp(indices, unequal, listed * sizeof *indices) == 0);
     CHECK(indices[listed] == 99);
     CHECK(statuses[20] == PS_PAGE_HOLE && all_equal(statuses, PS_PAGE_OK, 20));
 
-    CHECK(ps_compare_range(pages, COUNT, expected, statuses, indices, indices_max, &tally) ==
-          PS_OK);
+    CHECK(ps_compare_range(&method, pages, COUNT, frames(), expected, statuses, indices,
+                           indices_max, &tally) == PS_OK);
     CHECK(tally.ok == 38 && tally.mismatched == 3 && tally.unreadable == 0);
     CHECK(tally.listed == (indices_max < 3 ? indices_max : 3));
 }
@@ -254,52 +235,73 @@ static void test_compare(void)
     }
     uint8_t statuses[PAGES_MAX];
     ps_tally tally;
-    CHECK(ps_compare_range(pages, PAGES_MAX, reference_digests(), statuses, NULL, 0, &tally) ==
-          PS_OK);
+    CHECK(ps_compare_range(&method, pages, PAGES_MAX, frames(), reference_digests(), statuses, NULL,
+                           0, &tally) == PS_OK);
     CHECK(tally.ok == PAGES_MAX && tally.mismatched + tally.unreadable + tally.listed == 0);
-    CHECK(ps_compare_range(NULL, 0, NULL, NULL, NULL, 0, &tally) == PS_OK);
+    CHECK(ps_compare_range(&method, NULL, 0, NULL, NULL, NULL, NULL, 0, &tally) == PS_OK);
     CHECK(tally.ok + tally.mismatched + tally.unreadable + tally.listed == 0);
     free(block);
 }
 
 /* ---- groups that run once ---- */
 
+static void test_method_arguments(void)
+{
+    uint8_t page[PAGE] = {0}, digest[DIGEST_MAX], status;
+    const uint64_t frame = 0;
+    ps_key *nh_key = ps_key_new(PS_DIGEST_NH4AES, NULL);
+    require(nh_key != NULL, "ps_key_new");
+    const ps_method good = {PS_DIGEST_NH4AES, PS_FORM_AUTO, nh_key, NULL};
+    const ps_method wrong[] = {
+        {0, PS_FORM_AUTO, NULL, NULL},
+        {4, PS_FORM_AUTO, NULL, NULL},
+        {PS_DIGEST_SHA256, -1, NULL, NULL},
+        {PS_DIGEST_SHA256, PS_FORM_LAST + 1, NULL, NULL},
+        {PS_DIGEST_NH4AES, PS_FORM_AUTO, NULL, NULL},
+        {PS_DIGEST_GF128AES, PS_FORM_AUTO, nh_key, NULL},
+    };
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        int result = ps_digest_range(&wrong[i], page, 1, &frame, digest, &status);
+        CHECK(result == PS_ERR_ARGUMENT || result == PS_ERR_FORM);
+    }
+    const ps_method foreign = {PS_DIGEST_SHA256, PS_FORM_VPCLMUL, NULL, NULL};
+    CHECK(ps_digest_range(&foreign, page, 1, NULL, digest, &status) == PS_ERR_FORM);
+    CHECK(ps_digest_range(NULL, page, 1, &frame, digest, &status) == PS_ERR_ARGUMENT);
+    CHECK(ps_digest_range(&good, page, 1, NULL, digest, &status) == PS_ERR_ARGUMENT);
+    CHECK(ps_digest_range(&good, NULL, 0, NULL, NULL, NULL) == PS_OK);
+    CHECK(ps_digest_range(&good, page, 1, &frame, digest, &status) == PS_OK);
+    ps_key_free(nh_key);
+}
+
 static void test_arguments(void)
 {
-    uint8_t page[PAGE] = {0}, digest[DIGEST], status;
+    const ps_method sha256 = {PS_DIGEST_SHA256, PS_FORM_AUTO, NULL, NULL};
+    const ps_method *how = &sha256;
+    uint8_t page[PAGE] = {0}, digest[DIGEST_MAX], status;
     const uint64_t offset = 0;
     uint64_t index;
     ps_tally tally;
     const size_t wraps = SIZE_MAX / PAGE;
-    CHECK(ps_digest_range(NULL, 1, digest, &status) == PS_ERR_ARGUMENT);
-    CHECK(ps_digest_range(page, 1, NULL, &status) == PS_ERR_ARGUMENT);
-    CHECK(ps_digest_range(page, 1, digest, NULL) == PS_ERR_ARGUMENT);
-    CHECK(ps_digest_range(page, wraps, digest, &status) == PS_ERR_ARGUMENT);
-    CHECK(ps_digest_range(page, SIZE_MAX, digest, &status) == PS_ERR_ARGUMENT);
-    CHECK(ps_digest_range(NULL, 0, NULL, NULL) == PS_OK);
-    CHECK(ps_digest_list(NULL, PAGE, &offset, 1, digest, &status) == PS_ERR_ARGUMENT);
-    CHECK(ps_digest_list(page, PAGE, NULL, 1, digest, &status) == PS_ERR_ARGUMENT);
-    CHECK(ps_digest_list(page, SIZE_MAX, &offset, 1, digest, &status) == PS_ERR_ARGUMENT);
-    CHECK(ps_digest_list(NULL, 0, NULL, 0, NULL, NULL) == PS_OK);
-    CHECK(ps_copy_list(page, PAGE, &offset, 1, NULL, &status) == PS_ERR_ARGUMENT);
-    CHECK(ps_compare_range(page, 1, NULL, &status, &index, 1, &tally) == PS_ERR_ARGUMENT);
-    CHECK(ps_compare_range(page, 1, digest, NULL, &index, 1, &tally) == PS_ERR_ARGUMENT);
-    CHECK(ps_compare_range(page, 1, digest, &status, NULL, 1, &tally) == PS_ERR_ARGUMENT);
-    CHECK(ps_compare_range(page, 1, digest, &status, &index, 1, NULL) == PS_ERR_ARGUMENT);
-}
-
-static void test_forms(void)
-{
-    uint32_t available = ps_forms_available();
-    CHECK(available & (1u << PS_FORM_PORTABLE));
-    CHECK(ps_form_set(-1) == PS_ERR_ARGUMENT && ps_form_set(3) == PS_ERR_ARGUMENT);
-    for (int form = PS_FORM_PORTABLE; form <= PS_FORM_SHANI; form++) {
-        bool present = available & (1u << form);
-        CHECK(ps_form_set(form) == (present ? PS_OK : PS_ERR_FORM));
-        CHECK((ps_form_get() == form) == present);
-        CHECK(ps_form_set(PS_FORM_AUTO) == PS_OK);
-        CHECK(available & (1u << ps_form_get()));
-    }
+    CHECK(ps_digest_range(how, NULL, 1, NULL, digest, &status) == PS_ERR_ARGUMENT);
+    CHECK(ps_digest_range(how, page, 1, NULL, NULL, &status) == PS_ERR_ARGUMENT);
+    CHECK(ps_digest_range(how, page, 1, NULL, digest, NULL) == PS_ERR_ARGUMENT);
+    CHECK(ps_digest_range(how, page, wraps, NULL, digest, &status) == PS_ERR_ARGUMENT);
+    CHECK(ps_digest_range(how, page, SIZE_MAX, NULL, digest, &status) == PS_ERR_ARGUMENT);
+    CHECK(ps_digest_range(how, NULL, 0, NULL, NULL, NULL) == PS_OK);
+    CHECK(ps_digest_list(how, NULL, PAGE, &offset, 1, NULL, digest, &status) == PS_ERR_ARGUMENT);
+    CHECK(ps_digest_list(how, page, PAGE, NULL, 1, NULL, digest, &status) == PS_ERR_ARGUMENT);
+    CHECK(ps_digest_list(how, page, SIZE_MAX, &offset, 1, NULL, digest, &status) ==
+          PS_ERR_ARGUMENT);
+    CHECK(ps_digest_list(how, NULL, 0, NULL, 0, NULL, NULL, NULL) == PS_OK);
+    CHECK(ps_copy_list(NULL, page, PAGE, &offset, 1, NULL, &status) == PS_ERR_ARGUMENT);
+    CHECK(ps_compare_range(how, page, 1, NULL, NULL, &status, &index, 1, &tally) ==
+          PS_ERR_ARGUMENT);
+    CHECK(ps_compare_range(how, page, 1, NULL, digest, NULL, &index, 1, &tally) ==
+          PS_ERR_ARGUMENT);
+    CHECK(ps_compare_range(how, page, 1, NULL, digest, &status, NULL, 1, &tally) ==
+          PS_ERR_ARGUMENT);
+    CHECK(ps_compare_range(how, page, 1, NULL, digest, &status, &index, 1, NULL) ==
+          PS_ERR_ARGUMENT);
 }
 
 /* ---- */
@@ -307,48 +309,84 @@ static void test_forms(void)
 typedef struct {
     const char *name;
     void (*run)(void);
-    bool per_form;
 } test_group;
 
-static const test_group groups[] = {
-    {"forms", test_forms, false},
-    {"arguments", test_arguments, false},
-    {"foreign handlers", test_foreign_handlers, false},
-    {"vectors", test_vectors, true},
-    {"shapes", test_shapes, true},
-    {"bounds", test_bounds, true},
-    {"compare", test_compare, true},
-    {"truncated", test_truncated, true},
-    {"threads", test_threads, true},
+static const test_group once[] = {
+    {"forms", test_forms},
+    {"arguments", test_arguments},
+    {"methods", test_method_arguments},
+    {"aes", test_aes},
+    {"shake256", test_shake},
+    {"keys", test_keys},
+    {"finish", test_finish},
+    {"pool", test_pool},
+    {"read limit", test_read_limit},
+    {"watch", test_watch},
+    {"features", test_features},
 };
 
-static void run_group(const test_group *group, const char *form)
+static const test_group about_kernel[] = {
+    {"key memory", test_key_memory},
+    {"foreign handlers", test_foreign_handlers},
+};
+
+/* In every form of every digest. Those from `shapes` on also with two and three threads. */
+static const test_group per_form[] = {
+    {"vectors", test_vectors}, {"bounds", test_bounds},       {"threads", test_threads},
+    {"shapes", test_shapes},   {"truncated", test_truncated}, {"compare", test_compare},
+};
+enum { THREADS_MAX = 3, FIRST_WITH_POOL = 3 };
+
+static void run_groups(const test_group *groups, size_t count, const char *how)
 {
-    int passed_before = passed, failed_before = failed;
-    group->run();
-    printf("%s%s%s: %d passed, %d failed\n", group->name, *form ? " " : "", form,
-           passed - passed_before, failed - failed_before);
+    for (size_t i = 0; i < count; i++) {
+        int passed_before = passed, failed_before = failed;
+        groups[i].run();
+        printf("%s%s: %d passed, %d failed\n", groups[i].name, how, passed - passed_before,
+               failed - failed_before);
+    }
+}
+
+static void run_form(int digest, int form, ps_key *key)
+{
+    static const char *const digests[] = {"", "sha256", "nh4aes", "gf128aes"};
+    static const char *const forms[] = {"auto",  "portable", "sse2",    "avx2", "avx512",
+                                        "shani", "pclmul",   "vpclmul", "neon"};
+    enum { GROUPS = sizeof per_form / sizeof *per_form };
+    for (unsigned threads = 1; threads <= THREADS_MAX; threads++) {
+        char how[64];
+        size_t first = threads > 1 ? FIRST_WITH_POOL : 0;
+        ps_pool *pool = ps_pool_new(threads);
+        require(pool != NULL, "ps_pool_new");
+        method = (ps_method){digest, form, key, pool};
+        digest_size = ps_digest_size(digest);
+        snprintf(how, sizeof how, " %s/%s on %u", digests[digest], forms[form], threads);
+        run_groups(per_form + first, GROUPS - first, how);
+        ps_pool_free(pool);
+    }
 }
 
 int main(int argc, char **argv)
 {
-    static const char *const form_names[] = {"auto", "portable", "shani"};
-    if (argc != 2) {
-        fprintf(stderr, "usage: driver VECTORS.json\n");
+    bool emulated = argc > 1 && strcmp(argv[1], "--emulated") == 0;
+    if (argc != 4 + emulated) {
+        fprintf(stderr, "usage: driver [--emulated] VECTORS.json VECTORS.json VECTORS.json\n");
         return 2;
     }
-    vectors_path = argv[1];
-    for (size_t i = 0; i < sizeof groups / sizeof *groups; i++) {
-        if (!groups[i].per_form) {
-            run_group(&groups[i], "");
-            continue;
-        }
-        for (int form = PS_FORM_PORTABLE; form <= PS_FORM_SHANI; form++) {
-            if (ps_form_set(form) == PS_OK) {
-                run_group(&groups[i], form_names[form]);
+    read_vectors(3, argv + 1 + emulated);
+    run_groups(once, sizeof once / sizeof *once, "");
+    if (!emulated) {
+        run_groups(about_kernel, sizeof about_kernel / sizeof *about_kernel, "");
+    }
+    for (int digest = PS_DIGEST_SHA256; digest <= PS_DIGEST_GF128AES; digest++) {
+        ps_key *key = ps_key_new(digest, NULL);
+        require(digest == PS_DIGEST_SHA256 || key != NULL, "ps_key_new");
+        for (int form = PS_FORM_PORTABLE; form <= PS_FORM_LAST; form++) {
+            if (ps_forms_available(digest) & (1u << form)) {
+                run_form(digest, form, key);
             }
         }
-        ps_form_set(PS_FORM_AUTO);
+        ps_key_free(key);
     }
     printf("%d passed, %d failed\n", passed, failed);
     return failed == 0 ? 0 : 1;

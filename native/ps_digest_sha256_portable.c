@@ -1,6 +1,4 @@
-/* SHA-256 of a page in plain C, from FIPS 180-4; section numbers refer to it. */
-#include <string.h>
-
+/* SHA-256 of a page in plain C, from FIPS 180-4; section numbers refer to it. Freestanding. */
 #include "ps_internal.h"
 
 enum { BLOCK_SIZE = 64, BLOCK_WORDS = 16, ROUNDS = 64, STATE_WORDS = 8 };
@@ -33,7 +31,7 @@ static inline uint32_t rotate_right(uint32_t word, int bits)
 static inline uint32_t load_word(const uint8_t *bytes)
 {
     uint32_t word;
-    memcpy(&word, bytes, sizeof word);
+    __builtin_memcpy(&word, bytes, sizeof word);
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
     word = __builtin_bswap32(word);
 #endif
@@ -45,7 +43,7 @@ static inline void store_word(uint8_t *bytes, uint32_t word)
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
     word = __builtin_bswap32(word);
 #endif
-    memcpy(bytes, &word, sizeof word);
+    __builtin_memcpy(bytes, &word, sizeof word);
 }
 
 /* 6.2.2 step 1, in a ring of 16 words: W[t] takes the place of W[t - 16]. */
@@ -95,7 +93,7 @@ static void compress(uint32_t state[STATE_WORDS], const uint8_t *block)
 static void digest_page(const uint8_t *page, uint8_t *digest)
 {
     uint32_t state[STATE_WORDS];
-    memcpy(state, initial_state, sizeof state);
+    __builtin_memcpy(state, initial_state, sizeof state);
     for (size_t at = 0; at < PS_PAGE_SIZE; at += BLOCK_SIZE) {
         compress(state, page + at);
     }
@@ -105,9 +103,9 @@ static void digest_page(const uint8_t *page, uint8_t *digest)
     }
 }
 
-void ps_digest_sha256_portable(const uint8_t *const *pages, size_t count, uint8_t *digests)
+void ps_digest_sha256_portable(const ps_batch *batch)
 {
-    for (size_t i = 0; i < count; i++) {
-        digest_page(pages[i], digests + i * PS_SHA256_SIZE);
+    for (size_t i = 0; i < batch->count; i++) {
+        digest_page(batch->pages[i], batch->results + i * PS_SHA256_SIZE);
     }
 }

@@ -103,19 +103,20 @@ SHANI static void digest_pair(const uint8_t *const *pair, const uint8_t *const *
     lane_finish(&y, digests + PS_SHA256_SIZE);
 }
 
-void ps_digest_sha256_shani(const uint8_t *const *pages, size_t count, uint8_t *digests)
+void ps_digest_sha256_shani(const ps_batch *batch)
 {
-    size_t i = 0;
+    const uint8_t *const *pages = batch->pages;
+    size_t i = 0, count = batch->count;
     for (; i + 1 < count; i += 2) {
-        const uint8_t *const *next = i + 3 < count ? pages + i + 2 : pages + i;
-        digest_pair(pages + i, next, digests + i * PS_SHA256_SIZE);
+        const uint8_t *const *next = i + 3 < count + 1 ? pages + i + 2 : pages + i;
+        digest_pair(pages + i, next, batch->results + i * PS_SHA256_SIZE);
     }
     if (i < count) {
         /* An odd last page is its own partner: as fast as alone, and no second code path. */
         const uint8_t *const twice[2] = {pages[i], pages[i]};
         uint8_t both[2 * PS_SHA256_SIZE];
         digest_pair(twice, twice, both);
-        memcpy(digests + i * PS_SHA256_SIZE, both, PS_SHA256_SIZE);
+        memcpy(batch->results + i * PS_SHA256_SIZE, both, PS_SHA256_SIZE);
     }
 }
 

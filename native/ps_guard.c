@@ -2,7 +2,7 @@
  *
  * A mapping faults when its file was truncated or its device went away (SIGBUS), or when
  * it was unmapped (SIGSEGV). One handler for the whole process, and one pointer per thread
- * that says which pages the thread is loading right now. A fault inside those pages jumps
+ * that says which memory the thread is loading right now. A fault inside that memory jumps
  * back to ps_guard_run(); every other signal belongs to whoever handled it before us.
  *
  * The jump saves no signal mask, as that is a system call per batch. While the handler
@@ -22,8 +22,8 @@
 
 typedef struct {
     sigjmp_buf jump;
-    const uint8_t *const *pages;
-    size_t count;
+    const uint8_t *base;
+    size_t length;
 } load_guard;
 
 /* What this thread is loading; NULL outside ps_guard_run(). The jump buffer stands on the
@@ -66,13 +66,7 @@ static bool guard_owns(const load_guard *guard, const siginfo_t *info)
     if (info->si_code <= 0) {
         return false; /* sent by a process: it has a sender instead of an address */
     }
-    uintptr_t address = (uintptr_t)info->si_addr;
-    for (size_t i = 0; i < guard->count; i++) {
-        if (address - (uintptr_t)guard->pages[i] < PS_PAGE_SIZE) {
-            return true;
-        }
-    }
-    return false;
+    return (uintptr_t)info->si_addr - (uintptr_t)guard->base < guard->length;
 }
 
 static void handle_fault(int number, siginfo_t *info, void *context);
@@ -148,15 +142,15 @@ int ps_guard_install(void)
     return PS_OK;
 }
 
-bool ps_guard_run(ps_work_fn *work, const uint8_t *const *pages, size_t count, uint8_t *results)
+bool ps_guard_run(const uint8_t *base, size_t length, ps_guarded_fn *run, void *job)
 {
-    load_guard guard = {.pages = pages, .count = count};
+    load_guard guard = {.base = base, .length = length};
     if (sigsetjmp(guard.jump, 0) != 0) {
         return false; /* handle_fault() has cleared `current` */
     }
     current = &guard;
     atomic_signal_fence(memory_order_seq_cst);
-    work(pages, count, results);
+    run(job);
     atomic_signal_fence(memory_order_seq_cst);
     current = NULL;
     return true;

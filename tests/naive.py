@@ -1,8 +1,11 @@
 """Slow, obvious twins of the digests, on plain integers, for making test vectors.
 
-SHA-256 is written from FIPS 180-4 and section numbers refer to it. Even its constants are
-worked out from their definition, so no table here can share a typing error with the core.
+SHA-256 is written from FIPS 180-4, AES-128 from FIPS 197, and section numbers refer to them;
+the keyed digests from docs/spec/digest.md. Even constants are worked out from their
+definition, so no table here can share a typing error with the core.
 """
+
+import hashlib
 
 WORD_BITS = 32
 WORD_MASK = 2**WORD_BITS - 1
@@ -89,3 +92,120 @@ def sha256(message: bytes) -> bytes:
     for at in range(0, len(message), 64):
         state = compress(state, message[at : at + 64])
     return b"".join(word.to_bytes(4, "big") for word in state)
+
+
+# ---- AES-128, FIPS 197 ----
+
+
+def gf_multiply(x: int, y: int, modulus: int) -> int:
+    """Product of two polynomials over GF(2), bit i for x^i, modulo another; shift and xor."""
+    degree = modulus.bit_length() - 1
+    product = 0
+    while y:
+        if y & 1:
+            product ^= x
+        y >>= 1
+        x <<= 1
+        if x >> degree:
+            x ^= modulus
+    return product
+
+
+AES_MODULUS = 0b1_0001_1011  # 4.2: x^8 + x^4 + x^3 + x + 1
+
+
+def sub_byte(byte: int) -> int:
+    """5.1.1: the inverse, found by trying, then the affine map (5.1)."""
+    inverse = next((c for c in range(256) if gf_multiply(byte, c, AES_MODULUS) == 1), 0)
+    result = 0x63
+    for shift in range(5):
+        result ^= (inverse << shift | inverse >> (8 - shift)) & 0xFF
+    return result
+
+
+S_BOX = bytes(sub_byte(byte) for byte in range(256))
+
+
+def aes_round_keys(key: bytes) -> list[bytes]:
+    """5.2: eleven round keys."""
+    words = [key[at : at + 4] for at in range(0, 16, 4)]
+    constant = 1
+    while len(words) < 44:
+        word = words[-1]
+        if len(words) % 4 == 0:
+            word = bytes(S_BOX[byte] for byte in word[1:] + word[:1])
+            word = bytes([word[0] ^ constant]) + word[1:]
+            constant = gf_multiply(constant, 2, AES_MODULUS)
+        words.append(xor(words[-4], word))
+    return [b"".join(words[at : at + 4]) for at in range(0, 44, 4)]
+
+
+def xor(x: bytes, y: bytes) -> bytes:
+    """Byte by byte."""
+    return bytes(a ^ b for a, b in zip(x, y, strict=True))
+
+
+def mix_column(column: bytes) -> bytes:
+    """5.1.3."""
+    return bytes(
+        gf_multiply(column[row], 2, AES_MODULUS)
+        ^ gf_multiply(column[(row + 1) % 4], 3, AES_MODULUS)
+        ^ column[(row + 2) % 4]
+        ^ column[(row + 3) % 4]
+        for row in range(4)
+    )
+
+
+def aes(key: bytes, block: bytes) -> bytes:
+    """5.1: one block of 16 bytes, encrypted."""
+    round_keys = aes_round_keys(key)
+    state = xor(block, round_keys[0])
+    for number, round_key in enumerate(round_keys[1:], start=1):
+        state = bytes(S_BOX[byte] for byte in state)
+        state = bytes(state[(at + 4 * (at % 4)) % 16] for at in range(16))  # 5.1.2
+        if number < 10:
+            state = b"".join(mix_column(state[at : at + 4]) for at in range(0, 16, 4))
+        state = xor(state, round_key)
+    return state
+
+
+# ---- the keyed digests, docs/spec/digest.md ----
+
+
+def words_of(data: bytes, size: int) -> list[int]:
+    """Little-endian words of `size` bytes."""
+    return [int.from_bytes(data[at : at + size], "little") for at in range(0, len(data), size)]
+
+
+def nh_sum(message: list[int], key: list[int]) -> int:
+    """NH of RFC 4418, 5.2.2, over all words of a page, with consecutive words paired."""
+    total = 0
+    for i in range(0, len(message), 2):
+        total += ((message[i] + key[i]) & WORD_MASK) * ((message[i + 1] + key[i + 1]) & WORD_MASK)
+    return total % 2**64
+
+
+def nh4aes(secret: bytes, page: bytes, frame: int) -> bytes:
+    """nh4aes v1: 16 bytes."""
+    stream = hashlib.shake_256(b"pyscan nh4aes v1" + secret).digest(4208)
+    key, message = words_of(stream[:4192], 4), words_of(page, 4)
+    n = [nh_sum(message, key[8 * t : 8 * t + 1024]) for t in range(4)]
+    first = (n[0] | n[1] << 64) ^ frame
+    second = n[2] | n[3] << 64
+    state = aes(stream[4192:], first.to_bytes(16, "little"))
+    return aes(stream[4192:], xor(state, second.to_bytes(16, "little")))
+
+
+GF128_MODULUS = 1 << 128 | 1 << 7 | 1 << 2 | 1 << 1 | 1
+
+
+def gf128aes(secret: bytes, page: bytes, frame: int) -> bytes:
+    """gf128aes v1: 16 bytes."""
+    stream = hashlib.shake_256(b"pyscan gf128aes v1" + secret).digest(4112)
+    key, message = words_of(stream[:4096], 16), words_of(page, 16)
+    keyed = [m ^ k for m, k in zip(message, key, strict=True)]
+    total = frame
+    for i in range(0, 256, 4):
+        for lane in range(2):
+            total ^= gf_multiply(keyed[i + lane], keyed[i + 2 + lane], GF128_MODULUS)
+    return aes(stream[4096:], total.to_bytes(16, "little"))

@@ -1,20 +1,57 @@
 """Page digests: one interface, two backends that give the same bytes.
 
-The backend is an explicit setting (`open_digester("native")` or ``"numba"``) and is never
-swapped silently.
+Backend and digest are explicit settings (`open_digester("native", "nh4aes", key)`) and are
+never swapped silently.
 """
 
-from pyscan.digest._native import NativeDigester
-from pyscan.digest.base import DIGEST_SIZE, INDICES_MAX, Comparison, Digester
+from pyscan.digest._native import (
+    FORM_VARIABLE,
+    NativeDigester,
+    ReadLimit,
+    WatchList,
+    available_forms,
+)
+from pyscan.digest.base import (
+    DIGESTS,
+    INDICES_MAX,
+    THREADS_MAX,
+    Comparison,
+    Digester,
+    DigestKind,
+)
+from pyscan.digest.key import DigestKey
 from pyscan.errors import UsageError
 
-__all__ = ["DIGEST_SIZE", "INDICES_MAX", "Comparison", "Digester", "open_digester"]
+__all__ = [
+    "DIGESTS",
+    "FORM_VARIABLE",
+    "INDICES_MAX",
+    "THREADS_MAX",
+    "Comparison",
+    "DigestKey",
+    "DigestKind",
+    "Digester",
+    "ReadLimit",
+    "WatchList",
+    "available_forms",
+    "open_digester",
+]
 
 
-def open_digester(name: str = "native") -> Digester:
-    """The backend `name`. Raises UsageError when it is unknown or cannot run here."""
+def open_digester(
+    name: str = "native",
+    digest: str = "sha256",
+    key: DigestKey | None = None,
+    threads: int = 1,
+) -> Digester:
+    """The backend `name` for `digest`, on so many threads.
+
+    A keyed digest takes a `key` of its own and the others take none. Raises UsageError when
+    a name is unknown, when the backend or the digest cannot run here, or when the key or
+    the number of threads does not fit.
+    """
     if name == "native":
-        return NativeDigester()
+        return NativeDigester(digest, key, threads)
     if name != "numba":
         raise UsageError(f"digest backend {name!r} is unknown; use native or numba")
     try:
@@ -24,4 +61,4 @@ def open_digester(name: str = "native") -> Digester:
             f"digest backend 'numba' cannot be loaded ({error}); "
             "install pyscan[numba] or use native"
         ) from error
-    return NumbaDigester()
+    return NumbaDigester(digest, key, threads)

@@ -1,4 +1,5 @@
-"""Digests by numba: SHA-256 from FIPS 180-4 (section numbers refer to it), in parallel.
+"""Digests by numba, in parallel: SHA-256 from FIPS 180-4, to which section numbers refer, and
+nh4aes from docs/spec/digest.md, of which the core does the AES: numba has none.
 
 The same interface and the same bytes as the native core, as an explicit alternative. Code
 made by numba has no fault guard, so the pages of a view, whose mapping may shrink at any
@@ -20,15 +21,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyscan.digest import base
-from pyscan.digest._native import NativeDigester
-from pyscan.digest.base import Buffer, Bytes, Comparison, Offsets
+from pyscan.digest._native import NativeDigester, finish_nh4aes, nh4aes_words
+from pyscan.digest.base import Buffer, Bytes, Comparison, Frames, Offsets
+from pyscan.digest.key import DigestKey
+from pyscan.errors import UsageError
 from pyscan.records import PAGE_SIZE, POISON, PageStatus
 
 _Words = NDArray[np.uint32]
+_Sums = NDArray[np.uint64]
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 #: Pages of the reused buffer (1 MiB: it stays in the caches between copy and digest).
 _CHUNK_PAGES: Final = 256
+
+#: Threads that numba has made: one per processor, or what NUMBA_NUM_THREADS says.
+_THREADS_MAX: Final = int(numba.get_num_threads())
 
 #: numba's default threading layer may end the process when two threads enter it at once.
 _PARALLEL: Final = Lock()
@@ -113,47 +120,102 @@ def _hash_words(pages: _Words, digests: _Words) -> None:
             digests[i, t] = _swap(state[t])
 
 
-def _hash_to(pages: Bytes, digests: Bytes) -> None:
-    with _PARALLEL:
-        _hash_words(pages.view("<u4"), digests.view("<u4"))
+@_compiled(parallel=True)
+def _sum_words(pages: _Words, key: _Words, sums: _Sums) -> None:
+    """The four sums of the rows of `pages`, (n, 1024) little-endian words, to `sums` (n, 4)."""
+    for i in numba.prange(len(pages)):
+        n0 = n1 = n2 = n3 = np.uint64(0)
+        for j in range(0, 1024, 2):
+            even, odd = pages[i, j], pages[i, j + 1]
+            n0 += np.uint64(np.uint32(even + key[j])) * np.uint64(np.uint32(odd + key[j + 1]))
+            n1 += np.uint64(np.uint32(even + key[j + 8])) * np.uint64(np.uint32(odd + key[j + 9]))
+            n2 += np.uint64(np.uint32(even + key[j + 16])) * np.uint64(np.uint32(odd + key[j + 17]))
+            n3 += np.uint64(np.uint32(even + key[j + 24])) * np.uint64(np.uint32(odd + key[j + 25]))
+        sums[i, 0] = n0
+        sums[i, 1] = n1
+        sums[i, 2] = n2
+        sums[i, 3] = n3
 
 
 class NumbaDigester:
-    """The backend ``numba``: compiled at first use, on all cores."""
+    """The backend ``numba``: compiled at first use.
+
+    For sha256 and nh4aes; gf128aes needs a carry-less multiply, which numba does not have.
+    Raises UsageError as `NativeDigester` does, and for more threads than the machine has
+    processors.
+    """
 
     name: Final = "numba"
-    form: Final = "sha256/numba"
 
-    def __init__(self) -> None:
-        self._native = NativeDigester()
+    def __init__(
+        self, digest: str = "sha256", key: DigestKey | None = None, threads: int = 1
+    ) -> None:
+        if digest not in _HASHERS:
+            raise UsageError(f"digest {digest!r} is not made by numba; use native")
+        self._native = NativeDigester(digest, key, threads)
+        if threads > _THREADS_MAX:
+            raise UsageError(
+                f"{threads} threads were asked for, and numba has {_THREADS_MAX}; use fewer"
+            )
+        self._kind = base.digest_kind(digest)
+        self._key = key
 
-    def hash_pages(self, pages: Buffer) -> tuple[Bytes, Bytes]:
+    @property
+    def digest(self) -> str:
+        """See `Digester.digest`."""
+        return self._kind.name
+
+    @property
+    def digest_bytes(self) -> int:
+        """See `Digester.digest_bytes`."""
+        return self._kind.size
+
+    @property
+    def form(self) -> str:
+        """See `Digester.form`."""
+        return f"{self._kind.name}/numba"
+
+    @property
+    def threads(self) -> int:
+        """See `Digester.threads`."""
+        return self._native.threads
+
+    def hash_pages(self, pages: Buffer, *, frames: Frames | None = None) -> tuple[Bytes, Bytes]:
         """See `Digester.hash_pages`; not for a mapping that may shrink."""
         pages = base.as_pages(pages)
-        digests = np.empty((len(pages), base.DIGEST_SIZE), dtype=np.uint8)
-        _hash_to(pages, digests)
+        frames = base.as_frames(frames, self._kind, len(pages))
+        digests = np.empty((len(pages), self._kind.size), dtype=np.uint8)
+        self._hash_to(pages, frames, digests)
         return digests, np.full(len(pages), PageStatus.OK, dtype=np.uint8)
 
-    def hash_view(self, data: memoryview, offsets: Offsets) -> tuple[Bytes, Bytes]:
+    def hash_view(
+        self, data: memoryview, offsets: Offsets, *, frames: Frames | None = None
+    ) -> tuple[Bytes, Bytes]:
         """See `Digester.hash_view`."""
         offsets = base.as_offsets(offsets)
-        digests = np.empty((len(offsets), base.DIGEST_SIZE), dtype=np.uint8)
+        frames = base.as_frames(frames, self._kind, len(offsets))
+        digests = np.empty((len(offsets), self._kind.size), dtype=np.uint8)
         statuses = np.empty(len(offsets), dtype=np.uint8)
         chunk = np.empty((min(_CHUNK_PAGES, len(offsets)), PAGE_SIZE), dtype=np.uint8)
         for start in range(0, len(offsets), _CHUNK_PAGES):
             part = slice(start, start + _CHUNK_PAGES)
             pages = chunk[: len(offsets[part])]
             statuses[part] = self.copy_view(data, offsets[part], pages)
-            _hash_to(pages, digests[part])
+            self._hash_to(pages, None if frames is None else frames[part], digests[part])
         digests[statuses != PageStatus.OK] = POISON
         return digests, statuses
 
     def compare_pages(
-        self, pages: Buffer, expected: Bytes, indices_max: int = base.INDICES_MAX
+        self,
+        pages: Buffer,
+        expected: Bytes,
+        indices_max: int = base.INDICES_MAX,
+        *,
+        frames: Frames | None = None,
     ) -> Comparison:
         """See `Digester.compare_pages`; not for a mapping that may shrink."""
-        digests, statuses = self.hash_pages(pages)
-        return _compare(digests, statuses, expected, indices_max)
+        digests, statuses = self.hash_pages(pages, frames=frames)
+        return self._compare(digests, statuses, expected, indices_max)
 
     def compare_view(
         self,
@@ -161,27 +223,54 @@ class NumbaDigester:
         offsets: Offsets,
         expected: Bytes,
         indices_max: int = base.INDICES_MAX,
+        *,
+        frames: Frames | None = None,
     ) -> Comparison:
         """See `Digester.compare_view`."""
-        digests, statuses = self.hash_view(data, offsets)
-        return _compare(digests, statuses, expected, indices_max)
+        digests, statuses = self.hash_view(data, offsets, frames=frames)
+        return self._compare(digests, statuses, expected, indices_max)
 
     def copy_view(self, data: memoryview, offsets: Offsets, pages: Bytes) -> Bytes:
         """See `Digester.copy_view`; the native core's copy."""
         return self._native.copy_view(data, offsets, pages)
 
+    def _hash_to(self, pages: Bytes, frames: Frames | None, digests: Bytes) -> None:
+        with _PARALLEL:
+            numba.set_num_threads(self.threads)
+            _HASHERS[self._kind.name](pages.view("<u4"), self._key, frames, digests)
 
-def _compare(digests: Bytes, statuses: Bytes, expected: Bytes, indices_max: int) -> Comparison:
-    expected = base.as_expected(expected, len(digests))
-    listed_max = base.as_indices_max(indices_max, len(digests))
-    unread = statuses != PageStatus.OK
-    different = unread | (digests != expected).any(axis=1)
-    indices = np.flatnonzero(different).astype(np.uint64)
-    unreadable = int(unread.sum())
-    return Comparison(
-        statuses=statuses,
-        indices=indices[:listed_max],
-        ok=len(digests) - len(indices),
-        mismatched=len(indices) - unreadable,
-        unreadable=unreadable,
-    )
+    def _compare(
+        self, digests: Bytes, statuses: Bytes, expected: Bytes, indices_max: int
+    ) -> Comparison:
+        expected = base.as_expected(expected, self._kind, len(digests))
+        listed_max = base.as_indices_max(indices_max, len(digests))
+        unread = statuses != PageStatus.OK
+        different = unread | (digests != expected).any(axis=1)
+        indices = np.flatnonzero(different).astype(np.uint64)
+        unreadable = int(unread.sum())
+        return Comparison(
+            statuses=statuses,
+            indices=indices[:listed_max],
+            ok=len(digests) - len(indices),
+            mismatched=len(indices) - unreadable,
+            unreadable=unreadable,
+        )
+
+
+def _hash_sha256(
+    words: _Words, key: DigestKey | None, frames: Frames | None, digests: Bytes
+) -> None:
+    _hash_words(words, digests.view("<u4"))
+
+
+def _hash_nh4aes(
+    words: _Words, key: DigestKey | None, frames: Frames | None, digests: Bytes
+) -> None:
+    if key is None or frames is None:
+        raise ValueError("frames: nh4aes needs a key and the frame number of every page")
+    sums = np.empty((len(words), 4), dtype=np.uint64)
+    _sum_words(words, nh4aes_words(key), sums)
+    finish_nh4aes(key, sums, frames, digests)
+
+
+_HASHERS: Final = {"sha256": _hash_sha256, "nh4aes": _hash_nh4aes}

@@ -1,10 +1,11 @@
-"""Make sha256-pages.json: digests of pages, by the naive twin.
+"""Make the vector files: digests of pages, by the naive twin.
 
     cd tests && python -m vectors.make
 
-C, numba and firmware are all held to that one file. A page is described by a rule and its
-two numbers, so the file stays small. One vector a line with the keys in this order: the
-native driver reads it line by line.
+C, numba and firmware are all held to these files. A page is described by a rule and its
+two numbers, so they stay small. One vector a line with the keys in this order: the
+native driver reads them line by line. Vectors of a keyed digest also have the master secret
+and the frame number of the page.
 
     ramp        byte i is (i * a + b) mod 256
     spike       byte a is b, all others are zero
@@ -17,7 +18,12 @@ from pathlib import Path
 import naive
 
 PAGE_SIZE = 4096
-PATH = Path(__file__).with_name("sha256-pages.json")
+FOLDER = Path(__file__).parent
+KEYED = {"nh4aes": naive.nh4aes, "gf128aes": naive.gf128aes}
+DIGESTS = ("sha256", *KEYED)
+
+SECRETS = (bytes(range(32)), bytes(32), b"\xff" * 32)
+FRAMES = (0, 1, 0x100000, 2**52 - 1, 2**64 - 1)
 
 VECTORS = [
     ("zeros", "ramp", 0, 0),
@@ -61,22 +67,33 @@ def page_of(rule: str, a: int, b: int) -> bytes:
     raise ValueError(f"unknown rule {rule!r}")
 
 
-def document() -> str:
-    """The text of the vector file."""
-    lines = [
-        json.dumps(
-            {
-                "name": name,
-                "rule": rule,
-                "a": a,
-                "b": b,
-                "sha256": naive.sha256(page_of(rule, a, b)).hex(),
-            }
-        )
-        for name, rule, a, b in VECTORS
-    ]
-    return '{"digest": "sha256", "page_size": 4096, "vectors": [\n' + ",\n".join(lines) + "\n]}\n"
+def path_of(digest: str) -> Path:
+    """The vector file of a digest."""
+    return FOLDER / f"{digest}-pages.json"
+
+
+def vectors_of(digest: str) -> list[dict[str, str | int]]:
+    """All vectors of a digest."""
+    made: list[dict[str, str | int]] = []
+    for number, (name, rule, a, b) in enumerate(VECTORS):
+        page = page_of(rule, a, b)
+        vector: dict[str, str | int] = {"name": name, "rule": rule, "a": a, "b": b}
+        if digest in KEYED:
+            secret, frame = SECRETS[number % len(SECRETS)], FRAMES[number % len(FRAMES)]
+            vector |= {"secret": secret.hex(), "frame": frame}
+            vector[digest] = KEYED[digest](secret, page, frame).hex()
+        else:
+            vector[digest] = naive.sha256(page).hex()
+        made.append(vector)
+    return made
+
+
+def document(digest: str) -> str:
+    """The text of a vector file."""
+    lines = ",\n".join(json.dumps(vector) for vector in vectors_of(digest))
+    return f'{{"digest": "{digest}", "page_size": 4096, "vectors": [\n{lines}\n]}}\n'
 
 
 if __name__ == "__main__":
-    PATH.write_text(document(), encoding="utf-8")
+    for each in DIGESTS:
+        path_of(each).write_text(document(each), encoding="utf-8")
