@@ -39,6 +39,7 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
+from pyscan.digest import BACKENDS, DIGESTS, THREADS_MAX
 from pyscan.errors import ConfigError, UsageError
 from pyscan.evidence import EvidenceLog
 from pyscan.keys import KeyRing, PublicKey, SigningKey
@@ -220,12 +221,19 @@ class SweepTable(_Table, frozen=True, kw_only=True):
 
     interval_ms: Annotated[int, msgspec.Meta(ge=1, le=3_600_000)] = 1000
     rereads: Annotated[int, msgspec.Meta(ge=0, le=16)] = 2  # of a page, before it is a finding
-    digest: str = "native"  # digest backend: native or numba
+    backend: str = "native"  # what computes digests: native or numba
+    digest: str = "nh4aes"  # of pages that were validated; a name of pyscan.digest.DIGESTS
+    threads: Annotated[int, msgspec.Meta(ge=1, le=THREADS_MAX)] = 1  # that share a sweep
+    audit_percent: Annotated[float, msgspec.Meta(ge=0, le=100)] = 1.0  # by SHA-256, every sweep
     heartbeat_ms: Annotated[int, msgspec.Meta(ge=100, le=3_600_000)] = 5000
 
     def __post_init__(self) -> None:
-        if self.digest not in {"native", "numba"}:
-            raise ValueError(f"digest {self.digest!r} is unknown; use native or numba")
+        for key, value, known in (
+            ("backend", self.backend, BACKENDS),
+            ("digest", self.digest, tuple(DIGESTS)),
+        ):
+            if value not in known:
+                raise ValueError(f"[sweep] {key} {value!r} is unknown; use {' or '.join(known)}")
 
 
 class Target(_Table, frozen=True, kw_only=True):
@@ -428,9 +436,9 @@ def _validation_problem(message: str, text: str) -> tuple[str, int | None]:
                 steps += (step["key"],)
             elif step["index"] is not None:
                 steps += (int(step["index"]),)
-    elif named := _AT_KEY.match(message):
-        steps = (named["table"], named["key"])
-    readable = ".".join(str(step) for step in steps) if where else ""
+    readable = ".".join(str(step) for step in steps)
+    if named := _AT_KEY.match(message):
+        steps, readable = (named["table"], named["key"]), ""
     unknown = _UNKNOWN_FIELD.search(message)
     if unknown:
         steps += (unknown["field"],)

@@ -60,7 +60,7 @@ def run_snapshot(options: argparse.Namespace) -> ExitStatus:
     """Enrol, sign and write."""
     out = render.console()
     key = SigningKey.load(options.sign) if options.sign else own_key()
-    digester = open_digester(options.digest)
+    digester = open_digester(options.backend)
     with open_source(options.source) as source, render.progress(out) as bar:
         tasks = {step: bar.add_task(step, total=None) for step in STEPS}
         snapshot = enrol(

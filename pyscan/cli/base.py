@@ -45,7 +45,7 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     """The arguments of every command that reads a target."""
     parser.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
     parser.add_argument(
-        "--digest",
+        "--backend",
         metavar="BACKEND",
         default="native",
         help="digest backend: native (default) or numba",

@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> ExitStatus:
     """Scan, print, and give the verdict as exit status."""
     clock = [time.perf_counter()]
     snapshot, approver = load_approved(options.approved, approvers(options.trust))
-    digester = open_digester(options.digest)
+    digester = open_digester(options.backend)
     clock.append(time.perf_counter())
     result: SweepResult | None = None
     try:

@@ -22,7 +22,11 @@ from pyscan.digest.base import (
 from pyscan.digest.key import DigestKey
 from pyscan.errors import UsageError
 
+#: Names that `open_digester` knows.
+BACKENDS = ("native", "numba")
+
 __all__ = [
+    "BACKENDS",
     "DIGESTS",
     "FORM_VARIABLE",
     "INDICES_MAX",

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import sqlite3
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
@@ -21,11 +21,11 @@ import msgspec
 
 from pyscan import protocol, runtime
 from pyscan.approved import Snapshot, load_approved
-from pyscan.config import MonitorConfig, Target, load_monitor
-from pyscan.digest import Digester, open_digester
+from pyscan.config import MonitorConfig, SweepTable, Target, load_monitor
+from pyscan.digest import DigestKey, open_digester
 from pyscan.errors import TransportError
 from pyscan.evidence import EvidenceLog, message_body
-from pyscan.monitor.watch import Judgement, Watch, WatchSettings
+from pyscan.monitor.watch import Digesters, Judgement, Watch, WatchSettings
 from pyscan.outbox import Outbox, transaction
 from pyscan.records import PAGE_SIZE, VerdictState
 from pyscan.sources.uri import parse_uri
@@ -62,21 +62,40 @@ def _load(path: Path) -> _Plan:
 
 async def _run(plan: _Plan) -> None:
     """Watch every target until cancelled. Raises PyscanError for what cannot be started."""
-    with plan.config.open_state() as (database, evidence):
-        await _Monitor(plan, database, evidence).run()
+    with (
+        plan.config.open_state() as (database, evidence),
+        _open_digesters(plan.config.sweep) as digesters,
+    ):
+        await _Monitor(plan, database, evidence, digesters).run()
+
+
+@contextlib.contextmanager
+def _open_digesters(table: SweepTable) -> Iterator[Digesters]:
+    """What all targets are swept with; the key lives as long as the monitor, and only here."""
+    exact = open_digester(table.backend, threads=table.threads)
+    if table.digest == "sha256":
+        yield Digesters(exact, None)
+        return
+    with DigestKey.generate(table.digest) as key:
+        yield Digesters(exact, open_digester(table.backend, table.digest, key, table.threads))
 
 
 class _Monitor:
     """The stages of a running monitor: one watch per target, a link, an outbox pump."""
 
-    def __init__(self, plan: _Plan, database: sqlite3.Connection, evidence: EvidenceLog) -> None:
+    def __init__(
+        self,
+        plan: _Plan,
+        database: sqlite3.Connection,
+        evidence: EvidenceLog,
+        digesters: Digesters,
+    ) -> None:
         self._config = config = plan.config
         self._database = database
         self._evidence = evidence
         self._outbox = Outbox(database)
-        digester = open_digester(config.sweep.digest)
         self._watches = {
-            target.name: self._watch(target, snapshot, approver, digester)
+            target.name: self._watch(target, snapshot, approver, digesters)
             for target, snapshot, approver in plan.targets
         }
         self._link = Link(
@@ -96,7 +115,7 @@ class _Monitor:
             runtime.note_state(NAME, runtime.ProgramState.RUNNING)
 
     def _watch(
-        self, target: Target, snapshot: Snapshot, approver: str, digester: Digester
+        self, target: Target, snapshot: Snapshot, approver: str, digesters: Digesters
     ) -> Watch:
         log.info(
             "target=%s source=%s approved=%s approver=%s pages=%d digest=%s",
@@ -105,7 +124,7 @@ class _Monitor:
             target.approved,
             approver,
             snapshot.pages,
-            digester.form,
+            (digesters.keyed or digesters.exact).form,
         )
         settings = WatchSettings(
             monitor=self._config.identity.name,
@@ -115,8 +134,9 @@ class _Monitor:
             source=target.source,
             interval_ms=self._config.sweep.interval_ms,
             rereads=self._config.sweep.rereads,
+            audit_percent=self._config.sweep.audit_percent,
         )
-        return Watch(settings, snapshot, digester, self._publish)
+        return Watch(settings, snapshot, digesters, self._publish)
 
     async def _publish(self, judgement: Judgement) -> None:
         """Make a verdict durable, then let it go."""

@@ -53,6 +53,15 @@ class WatchSettings:
     source: str
     interval_ms: int
     rereads: int
+    audit_percent: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Digesters:
+    """What pages are digested with: SHA-256, and the keyed digest of those it approved."""
+
+    exact: Digester
+    keyed: Digester | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +91,12 @@ class Watch:
         self,
         settings: WatchSettings,
         snapshot: Snapshot,
-        digester: Digester,
+        digesters: Digesters,
         publish: Callable[[Judgement], Awaitable[None]],
     ) -> None:
         self._settings = settings
         self._snapshot = snapshot
-        self._digester = digester
+        self._digesters = digesters
         self._publish = publish
         self._published: tuple[object, ...] = ()
         self._published_at = float("-inf")
@@ -139,9 +148,11 @@ class Watch:
         scanner = Scanner(
             source,
             self._snapshot,
-            self._digester,
+            self._digesters.exact,
             target=settings.target,
             rereads=settings.rereads,
+            keyed=self._digesters.keyed,
+            audit_percent=settings.audit_percent,
         )
         interval_s = settings.interval_ms / 1e3
         while True:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 
@@ -13,13 +12,9 @@ from pyscan.digest import Comparison, Digester
 from pyscan.ids import new_id
 from pyscan.kernel import place
 from pyscan.records import PAGE_SIZE, Finding, FindingKind, PageStatus, Sweep
+from pyscan.scanner.compare import BaselineComparer, Comparer, ExactComparer
 from pyscan.scanner.mapping import FINDINGS_MAX, MappingCheck, check_mapping
 from pyscan.sources import Source
-
-#: Mismatching pages that are read again one by one; more than that is no transient.
-REREAD_PAGES_MAX: Final = 4096
-#: Pages of one copied-in batch where a source has no zero-copy view (1 MiB).
-CHUNK_PAGES: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +41,11 @@ class SweepResult:
 
 
 class Scanner:
-    """Sweeps one target against one approved configuration. Not thread-safe."""
+    """Sweeps one target against one approved configuration. Not thread-safe.
+
+    With `keyed`, pages that `digester` (SHA-256) has approved are compared by their keyed
+    digests from then on, and `audit_percent` of the pages exactly with every sweep.
+    """
 
     def __init__(
         self,
@@ -56,6 +55,8 @@ class Scanner:
         *,
         target: str,
         rereads: int = 3,
+        keyed: Digester | None = None,
+        audit_percent: float = 1.0,
     ) -> None:
         self._source = source
         self._snapshot = snapshot
@@ -64,7 +65,11 @@ class Scanner:
         self._rereads = rereads
         self._number = 0
         self._page = np.empty((1, PAGE_SIZE), dtype=np.uint8)
-        self._chunk = np.empty((CHUNK_PAGES, PAGE_SIZE), dtype=np.uint8)
+        self._comparer: Comparer = (
+            ExactComparer(source, snapshot, digester)
+            if keyed is None
+            else BaselineComparer(source, snapshot, digester, keyed, audit_percent)
+        )
 
     def sweep(self, *, walk_tables: bool = True) -> SweepResult:
         """One pass over all approved pages.
@@ -77,7 +82,7 @@ class Scanner:
         self._number += 1
         sweep_id, started_ns, clock_ns = new_id(), time.time_ns(), time.monotonic_ns()
         self._source.regions()  # raises when the way to the target is gone
-        comparison = self._compare()
+        comparison = self._comparer.compare()
         examined = self._examine(sweep_id, comparison)
         mapping = MappingCheck((), 0, None)
         walk_tables = walk_tables or bool(examined.different or examined.unread)
@@ -105,39 +110,6 @@ class Scanner:
         suspects = tuple(suspect for suspect in examined.suspects if suspect.finding in ids)
         return SweepResult(sweep, suspects, mapping.unlisted_executable, walked_tables=walk_tables)
 
-    def _compare(self) -> Comparison:
-        """Compare all pages once: zero-copy where the source has a view, else copied in."""
-        view = self._source.view()
-        if view is not None:
-            offsets = view.offsets(self._snapshot.frames)
-            return self._digester.compare_view(
-                view.data, offsets, self._snapshot.digests, indices_max=REREAD_PAGES_MAX
-            )
-        parts = []
-        for start in range(0, self._snapshot.pages, CHUNK_PAGES):
-            parts.append(self._compare_chunk(slice(start, start + CHUNK_PAGES)))
-        return _join(parts)
-
-    def _compare_chunk(self, part: slice) -> Comparison:
-        frames = self._snapshot.frames[part]
-        pages = self._chunk[: len(frames)]
-        statuses = self._source.read(frames, pages)
-        compared = self._digester.compare_pages(
-            pages, self._snapshot.digests[part], indices_max=CHUNK_PAGES
-        )
-        unread = statuses != PageStatus.OK
-        different = np.zeros(len(frames), dtype=bool)
-        different[compared.indices] = True
-        listed = np.flatnonzero(different | unread).astype(np.uint64)
-        unreadable = int(unread.sum())
-        return Comparison(
-            statuses=statuses,
-            indices=listed,
-            ok=len(frames) - len(listed),
-            mismatched=len(listed) - unreadable,
-            unreadable=unreadable,
-        )
-
     def _examine(self, sweep_id: str, comparison: Comparison) -> _Examined:
         """Read every listed page again; what settles as approved was a transient."""
         different: list[Finding] = []
@@ -152,6 +124,7 @@ class Scanner:
                 lost += digest is None
             if digest == self._snapshot.digests[index].tobytes():
                 transient += 1
+                self._comparer.distrust(index)
             elif digest is None and len(unread) < FINDINGS_MAX:
                 unread.append(self._finding(sweep_id, index, status, None))
             elif digest is not None and len(different) < FINDINGS_MAX:
@@ -212,17 +185,3 @@ def _listed(mappings: tuple[Finding, ...], examined: _Examined) -> tuple[Finding
     """The findings that a sweep lists: facts before gaps, and a fair share of both facts."""
     room = FINDINGS_MAX - min(len(examined.different), FINDINGS_MAX // 2)
     return (*mappings[:room], *examined.different, *examined.unread)[:FINDINGS_MAX]
-
-
-def _join(parts: list[Comparison]) -> Comparison:
-    starts = np.cumsum([0, *(len(part.statuses) for part in parts[:-1])])
-    indices = [
-        part.indices + np.uint64(start) for part, start in zip(parts, starts.tolist(), strict=True)
-    ]
-    return Comparison(
-        statuses=np.concatenate([part.statuses for part in parts]),
-        indices=np.concatenate(indices)[:REREAD_PAGES_MAX],
-        ok=sum(part.ok for part in parts),
-        mismatched=sum(part.mismatched for part in parts),
-        unreadable=sum(part.unreadable for part in parts),
-    )

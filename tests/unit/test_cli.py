@@ -500,9 +500,9 @@ def test_trusting_what_is_no_public_key(
 
 
 def test_digest_backends(target: Target, approved: Path, tmp_path: Path, pyscan: Pyscan) -> None:
-    unknown = pyscan("scan", target.uri, "--approved", approved, "--digest", "md5")
+    unknown = pyscan("scan", target.uri, "--approved", approved, "--backend", "md5")
     assert (unknown.status, "md5" in unknown.error) == (2, True)
-    numba = ("--digest", "numba")
+    numba = ("--backend", "numba")
     out = tmp_path / "numba.approved"
     assert pyscan("approve", "snapshot", target.uri, "--out", out, *numba).status == 0
     assert pyscan("scan", target.uri, "--approved", out).status == 0

@@ -185,7 +185,8 @@ BAD: list[Bad] = [
         "same key",
     ),
     (load_monitor, MONITOR, "interval_ms = 250", "interval_ms = 0", "interval_ms = 0", ">= 1"),
-    (load_monitor, MONITOR, "interval_ms = 250", 'digest = "md5"', "[sweep]", "md5"),
+    (load_monitor, MONITOR, "interval_ms = 250", 'digest = "md5"', 'digest = "md5"', "nh4aes or"),
+    (load_monitor, MONITOR, "interval_ms = 250", 'backend = "md5"', 'backend = "md5"', "numba"),
     (load_monitor, MONITOR, '"web-1.approved"', '"none"', 'approved = "none"', "no readable"),
     (load_monitor, MONITOR, '    "peer.pub",\n', "", "approvers", "approvers is empty"),
 ]

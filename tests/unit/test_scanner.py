@@ -22,7 +22,7 @@ from pyscan.errors import SourceUnavailable
 from pyscan.kernel.layout import MODULES
 from pyscan.policy import judge
 from pyscan.records import PAGE_SIZE, Finding, FindingKind, PageStatus, VerdictState
-from pyscan.scanner import Scanner, SweepResult, sweep
+from pyscan.scanner import Scanner, SweepResult, compare
 from pyscan.scanner.mapping import FINDINGS_MAX, TABLES_PLACE
 from pyscan.sources import Source
 from pyscan.sources.base import Frames
@@ -306,7 +306,7 @@ def test_more_differences_than_are_listed(
 def test_more_differences_than_are_read_again(
     target: Target, snapshot: Snapshot, access: Access, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweep, "REREAD_PAGES_MAX", 50)
+    monkeypatch.setattr(compare, "LISTED_MAX", 50)
     target.memory.write(target.gpa(0), bytes(2 * MIB))
     watched = {(target.frame(page),) for page in range(512)}
     read = []

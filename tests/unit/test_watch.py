@@ -19,10 +19,10 @@ from enrolled import SIZE, Target, Wrapped
 from fake_kernel import MIB
 from tables import PRESENT
 
-from pyscan.digest import open_digester
+from pyscan.digest import DigestKey, open_digester
 from pyscan.errors import UsageError
 from pyscan.monitor import watch
-from pyscan.monitor.watch import Judgement, Watch, WatchSettings
+from pyscan.monitor.watch import Digesters, Judgement, Watch, WatchSettings
 from pyscan.records import FindingKind, Verdict, VerdictState
 from pyscan.sources import View, build_uri
 from pyscan.sources.file import FileSource
@@ -54,7 +54,10 @@ class Observed:
     def __init__(self, target: Target, uri: str = "", *, rereads: int = 2) -> None:
         settings = WatchSettings("card-1", "web-1", "host-1", "vm-1", uri or target.uri, 2, rereads)
         self.queue: asyncio.Queue[Judgement] = asyncio.Queue()
-        self.watch = Watch(settings, target.enrol(), open_digester(), self.queue.put)
+        self._key = DigestKey.generate("nh4aes")
+        keyed = open_digester("native", "nh4aes", self._key)
+        digesters = Digesters(open_digester(), keyed)
+        self.watch = Watch(settings, target.enrol(), digesters, self.queue.put)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Observed]:
