@@ -39,7 +39,7 @@ static void fill_list(watch_list *list)
 {
     for (size_t i = 0; i < VALUES_MAX; i++) {
         bool in_table = i / 16 % 2 && i > 3;
-        list->offsets[i] = in_table ? list->offsets[i - 1] + 8 : i * 7919 % (MEMORY / 2);
+        list->offsets[i] = in_table ? list->offsets[i - 1] + 8 : i * 7919 % (MEMORY - 200);
         if (i == 3) {
             list->offsets[i] = MEMORY - 8;
         }

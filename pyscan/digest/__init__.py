@@ -19,6 +19,7 @@ from pyscan.digest.base import (
     Digester,
     DigestKind,
 )
+from pyscan.digest.copied import CopiedSweep
 from pyscan.digest.key import DigestKey
 from pyscan.errors import UsageError
 
@@ -32,6 +33,7 @@ __all__ = [
     "INDICES_MAX",
     "THREADS_MAX",
     "Comparison",
+    "CopiedSweep",
     "DigestKey",
     "DigestKind",
     "Digester",

@@ -238,13 +238,13 @@ class WatchList:
             return self._report.comparison_copied()
 
 
-def nh4aes_words(key: DigestKey) -> NDArray[np.uint32]:
-    """K of an nh4aes key, shape (1048,): a read-only view of its locked memory, no copy.
+def nh4aes_pairs(key: DigestKey) -> NDArray[np.uint64]:
+    """K of an nh4aes key, shape (524,), two words each: a view of its locked memory, no copy.
 
     Valid until the key is closed.
     """
     words = lib.ps_key_nh_words(key.pointer)
-    return np.frombuffer(ffi.buffer(words, lib.PS_NH_WORDS_SIZE), dtype="<u4")
+    return np.frombuffer(ffi.buffer(words, lib.PS_NH_WORDS_SIZE), dtype="<u8")
 
 
 def finish_nh4aes(key: DigestKey, sums: NDArray[np.uint64], frames: Frames, digests: Bytes) -> None:

@@ -21,14 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyscan.digest import base
-from pyscan.digest._native import NativeDigester, finish_nh4aes, nh4aes_words
+from pyscan.digest._native import NativeDigester, finish_nh4aes, nh4aes_pairs
 from pyscan.digest.base import Buffer, Bytes, Comparison, Frames, Offsets
 from pyscan.digest.key import DigestKey
 from pyscan.errors import UsageError
 from pyscan.records import PAGE_SIZE, POISON, PageStatus
 
 _Words = NDArray[np.uint32]
-_Sums = NDArray[np.uint64]
+_Pairs = NDArray[np.uint64]
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 #: Pages of the reused buffer (1 MiB: it stays in the caches between copy and digest).
@@ -53,6 +53,9 @@ _INITIAL: Final[_Words] = np.array(
 )
 #: 5.1.1: a one bit, zeros, and the length of a page in bits.
 _PADDING: Final[_Words] = np.array([0x8000_0000] + 14 * [0] + [PAGE_SIZE * 8], dtype=np.uint32)
+
+_LOW: Final = np.uint64(0xFFFF_FFFF)
+_HALF: Final = np.uint64(32)
 
 _NJIT: Any = numba.njit
 
@@ -121,20 +124,22 @@ def _hash_words(pages: _Words, digests: _Words) -> None:
 
 
 @_compiled(parallel=True)
-def _sum_words(pages: _Words, key: _Words, sums: _Sums) -> None:
-    """The four sums of the rows of `pages`, (n, 1024) little-endian words, to `sums` (n, 4)."""
+def _sum_pairs(pages: _Pairs, key: _Pairs, sums: _Pairs) -> None:
+    """The four sums of the rows of `pages`, (n, 512) pairs of words, to `sums` (n, 4).
+
+    A pair is one 64-bit integer, the even word low: so the halves are taken apart in
+    registers, and LLVM finds the vector multiply of 32 by 32 bits.
+    """
     for i in numba.prange(len(pages)):
         n0 = n1 = n2 = n3 = np.uint64(0)
-        for j in range(0, 1024, 2):
-            even, odd = pages[i, j], pages[i, j + 1]
-            n0 += np.uint64(np.uint32(even + key[j])) * np.uint64(np.uint32(odd + key[j + 1]))
-            n1 += np.uint64(np.uint32(even + key[j + 8])) * np.uint64(np.uint32(odd + key[j + 9]))
-            n2 += np.uint64(np.uint32(even + key[j + 16])) * np.uint64(np.uint32(odd + key[j + 17]))
-            n3 += np.uint64(np.uint32(even + key[j + 24])) * np.uint64(np.uint32(odd + key[j + 25]))
-        sums[i, 0] = n0
-        sums[i, 1] = n1
-        sums[i, 2] = n2
-        sums[i, 3] = n3
+        for j in range(512):
+            pair = pages[i, j]
+            k0, k1, k2, k3 = key[j], key[j + 4], key[j + 8], key[j + 12]
+            n0 += ((pair + k0) & _LOW) * (((pair >> _HALF) + (k0 >> _HALF)) & _LOW)
+            n1 += ((pair + k1) & _LOW) * (((pair >> _HALF) + (k1 >> _HALF)) & _LOW)
+            n2 += ((pair + k2) & _LOW) * (((pair >> _HALF) + (k2 >> _HALF)) & _LOW)
+            n3 += ((pair + k3) & _LOW) * (((pair >> _HALF) + (k3 >> _HALF)) & _LOW)
+        sums[i, 0], sums[i, 1], sums[i, 2], sums[i, 3] = n0, n1, n2, n3
 
 
 class NumbaDigester:
@@ -237,7 +242,7 @@ class NumbaDigester:
     def _hash_to(self, pages: Bytes, frames: Frames | None, digests: Bytes) -> None:
         with _PARALLEL:
             numba.set_num_threads(self.threads)
-            _HASHERS[self._kind.name](pages.view("<u4"), self._key, frames, digests)
+            _HASHERS[self._kind.name](pages, self._key, frames, digests)
 
     def _compare(
         self, digests: Bytes, statuses: Bytes, expected: Bytes, indices_max: int
@@ -245,7 +250,7 @@ class NumbaDigester:
         expected = base.as_expected(expected, self._kind, len(digests))
         listed_max = base.as_indices_max(indices_max, len(digests))
         unread = statuses != PageStatus.OK
-        different = unread | (digests != expected).any(axis=1)
+        different = unread | (digests.view("<u8") != expected.view("<u8")).any(axis=1)
         indices = np.flatnonzero(different).astype(np.uint64)
         unreadable = int(unread.sum())
         return Comparison(
@@ -258,18 +263,18 @@ class NumbaDigester:
 
 
 def _hash_sha256(
-    words: _Words, key: DigestKey | None, frames: Frames | None, digests: Bytes
+    pages: Bytes, key: DigestKey | None, frames: Frames | None, digests: Bytes
 ) -> None:
-    _hash_words(words, digests.view("<u4"))
+    _hash_words(pages.view("<u4"), digests.view("<u4"))
 
 
 def _hash_nh4aes(
-    words: _Words, key: DigestKey | None, frames: Frames | None, digests: Bytes
+    pages: Bytes, key: DigestKey | None, frames: Frames | None, digests: Bytes
 ) -> None:
     if key is None or frames is None:
         raise ValueError("frames: nh4aes needs a key and the frame number of every page")
-    sums = np.empty((len(words), 4), dtype=np.uint64)
-    _sum_words(words, nh4aes_words(key), sums)
+    sums = np.empty((len(pages), 4), dtype=np.uint64)
+    _sum_pairs(pages.view("<u8"), nh4aes_pairs(key), sums)
     finish_nh4aes(key, sums, frames, digests)
 
 
