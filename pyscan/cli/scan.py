@@ -56,7 +56,8 @@ def run(options: argparse.Namespace) -> ExitStatus:
     try:
         with open_source(options.source) as source:
             clock.append(time.perf_counter())
-            result = Scanner(source, snapshot, digester, target=options.source).sweep()
+            with Scanner(source, snapshot, digester, target=options.source) as scanner:
+                result = scanner.sweep()
         state, reason = judge(result.sweep)
     except TargetUnavailable as error:
         state, reason = VerdictState.UNDECIDED, str(error)

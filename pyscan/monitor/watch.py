@@ -145,7 +145,7 @@ class Watch:
     async def _sweep_until_lost(self, source: Source) -> None:
         """Sweep until the source is gone, or nothing can be read through it any more."""
         settings = self._settings
-        scanner = Scanner(
+        with Scanner(
             source,
             self._snapshot,
             self._digesters.exact,
@@ -153,8 +153,11 @@ class Watch:
             rereads=settings.rereads,
             keyed=self._digesters.keyed,
             audit_percent=settings.audit_percent,
-        )
-        interval_s = settings.interval_ms / 1e3
+        ) as scanner:
+            await self._sweep_with(scanner)
+
+    async def _sweep_with(self, scanner: Scanner) -> None:
+        interval_s = self._settings.interval_ms / 1e3
         while True:
             started = time.monotonic()
             # A finding in the page tables is seen only by a walk: keep walking until it is gone.

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyscan.approved import Snapshot
-from pyscan.digest import Comparison, Digester
+from pyscan.digest import Comparison, CopiedSweep, Digester
 from pyscan.records import PAGE_SIZE, PageStatus
 from pyscan.sources import Source
 
@@ -35,6 +35,9 @@ class Comparer(Protocol):
     def distrust(self, row: int) -> None:
         """Page `row` was listed and then found to be as approved: forget what made it differ."""
 
+    def close(self) -> None:
+        """Release what the comparer holds. Idempotent."""
+
 
 class ExactComparer:
     """Every page by SHA-256 against the approved digests."""
@@ -43,7 +46,7 @@ class ExactComparer:
         self._source = source
         self._snapshot = snapshot
         self._digester = digester
-        self._chunks = _Chunks(source, snapshot)
+        self._copied = CopiedSweep(digester, source.read)
 
     def compare(self) -> Comparison:
         """See `Comparer.compare`. Zero-copy where the source has a view, else copied in."""
@@ -52,15 +55,14 @@ class ExactComparer:
         if view is not None:
             offsets = view.offsets(snapshot.frames)
             return self._digester.compare_view(view.data, offsets, snapshot.digests, LISTED_MAX)
-        found = _Found(snapshot.pages)
-        for rows, pages, statuses in self._chunks.read(np.arange(snapshot.pages)):
-            found.statuses[rows] = statuses
-            compared = self._digester.compare_pages(pages, snapshot.digests[rows], len(rows))
-            found.different[rows[compared.indices.astype(np.intp)]] = True
-        return found.comparison()
+        return self._copied.compare(snapshot.frames, snapshot.digests, LISTED_MAX)
 
     def distrust(self, row: int) -> None:
         """Nothing was remembered."""
+
+    def close(self) -> None:
+        """See `Comparer.close`."""
+        self._copied.close()
 
 
 class BaselineComparer:
@@ -83,6 +85,7 @@ class BaselineComparer:
         self._snapshot = snapshot
         self._digester = digester
         self._keyed = keyed
+        self._copied = CopiedSweep(keyed, source.read)
         self._chunks = _Chunks(source, snapshot)
         self._baseline = np.zeros((snapshot.pages, keyed.digest_bytes), dtype=np.uint8)
         self._known = np.zeros(snapshot.pages, dtype=bool)
@@ -103,6 +106,10 @@ class BaselineComparer:
         """Make the page's keyed digest anew, from bytes that SHA-256 approves."""
         self._known[row] = False
 
+    def close(self) -> None:
+        """See `Comparer.close`."""
+        self._copied.close()
+
     def _audit_rows(self) -> Rows:
         rows = (self._next + np.arange(self._audited)) % self._snapshot.pages
         self._next = (self._next + self._audited) % self._snapshot.pages
@@ -117,15 +124,10 @@ class BaselineComparer:
             compared = self._keyed.compare_view(
                 view.data, view.offsets(frames), baseline, len(rows), frames=frames
             )
-            found.statuses[rows] = compared.statuses
-            found.different[rows[compared.indices.astype(np.intp)]] = True
-            return
-        for part, pages, statuses in self._chunks.read(rows):
-            found.statuses[part] = statuses
-            compared = self._keyed.compare_pages(
-                pages, self._baseline[part], len(part), frames=self._snapshot.frames[part]
-            )
-            found.different[part[compared.indices.astype(np.intp)]] = True
+        else:
+            compared = self._copied.compare(frames, baseline, len(rows))
+        found.statuses[rows] = compared.statuses
+        found.different[rows[compared.indices.astype(np.intp)]] = True
 
     def _compare_exact(self, rows: Rows, found: _Found) -> None:
         """Compare by SHA-256; pages that are approved and not known get their keyed digest."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
@@ -70,6 +71,16 @@ class Scanner:
             if keyed is None
             else BaselineComparer(source, snapshot, digester, keyed, audit_percent)
         )
+
+    def close(self) -> None:
+        """Release what the scanner holds; the source stays open. Idempotent."""
+        self._comparer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
 
     def sweep(self, *, walk_tables: bool = True) -> SweepResult:
         """One pass over all approved pages.

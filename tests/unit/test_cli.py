@@ -27,6 +27,7 @@ COMMANDS = [
     ("approve", "snapshot"),
     ("approve", "show"),
     ("scan",),
+    ("bench",),
     ("monitor",),
     ("control",),
     ("agent",),
