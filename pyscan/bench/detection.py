@@ -30,7 +30,7 @@ from pyscan.approved import Snapshot
 from pyscan.bench.document import Detection, Life
 from pyscan.bench.measure import Plan, Progress
 from pyscan.bench.memory import Backing, Memory, filled
-from pyscan.digest import open_digester
+from pyscan.digest import DigestKey, open_digester
 from pyscan.errors import LabError
 from pyscan.kernel import KernelImage
 from pyscan.records import PAGE_SIZE
@@ -169,7 +169,9 @@ def _sweeping(memory: Memory) -> Iterator[_Sweeps]:
         flags=np.ones(len(frames), dtype=np.uint8),
         digests=digests,
     )
-    scanner = Scanner(source, snapshot, digester, target="bench")
+    key = DigestKey.generate("nh4aes")
+    keyed = open_digester("native", "nh4aes", key)
+    scanner = Scanner(source, snapshot, digester, target="bench", keyed=keyed)
     sweeps = _Sweeps(frames.tolist())
 
     def run() -> None:
@@ -187,4 +189,6 @@ def _sweeping(memory: Memory) -> Iterator[_Sweeps]:
     finally:
         sweeps.leave.set()
         thread.join()
+        scanner.close()
+        key.close()
         source.close()
