@@ -41,8 +41,8 @@ static bool scan_is_right(const uint8_t *map, size_t count, size_t kept)
     right &= all_equal(statuses, PS_PAGE_OK, kept);
     right &= all_equal(statuses + kept, PS_PAGE_LINK_DOWN, gone);
     right &= all_equal(digests + kept * digest_size, PS_POISON, gone * digest_size);
-    right &= ps_compare_range(&method, map, count, frames(), reference_digests(), statuses, indices, 1,
-                              &tally) == PS_OK;
+    right &= ps_compare_range(&method, map, count, frames(), reference_digests(), statuses,
+                              indices, 1, &tally) == PS_OK;
     right &= tally.ok == kept && tally.unreadable == gone && tally.mismatched == 0;
     return right && (gone == 0 || indices[0] == kept);
 }
@@ -257,7 +257,8 @@ static void no_handler_protected(void)
     uint8_t digest[DIGEST_MAX], status;
     signal(SIGSEGV, SIG_DFL);
     mprotect(half_gone, 2 * PAGE, PROT_NONE);
-    if (ps_digest_range(&method, half_gone, 1, NULL, digest, &status) == PS_OK && status == PS_PAGE_LINK_DOWN) {
+    if (ps_digest_range(&method, half_gone, 1, NULL, digest, &status) == PS_OK &&
+        status == PS_PAGE_LINK_DOWN) {
         touch_gone_page();
     }
 }

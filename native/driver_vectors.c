@@ -20,7 +20,10 @@ static vector vectors[VECTORS_MAX];
 static size_t vectors_count;
 
 static const char *const names[] = {
-    [PS_DIGEST_SHA256] = "sha256", [PS_DIGEST_NH4AES] = "nh4aes", [PS_DIGEST_GF128AES] = "gf128aes"};
+    [PS_DIGEST_SHA256] = "sha256",
+    [PS_DIGEST_NH4AES] = "nh4aes",
+    [PS_DIGEST_GF128AES] = "gf128aes",
+};
 
 /* Copies what stands behind `"name": ` up to a quote, comma or brace; false without it. */
 static bool field(const char *line, const char *name, char *value, size_t size)

@@ -107,8 +107,8 @@ void test_watch(void)
     ps_cpu_restrict(PS_CPU_ALL);
     ps_tally *tally = &list.tally;
     const uint8_t *memory = list.memory;
-    CHECK(ps_watch_compare(NULL, 8, list.offsets, list.expected, 1, list.statuses, NULL, 0, tally) ==
-          PS_ERR_ARGUMENT);
+    CHECK(ps_watch_compare(NULL, 8, list.offsets, list.expected, 1, list.statuses, NULL, 0,
+                           tally) == PS_ERR_ARGUMENT);
     CHECK(ps_watch_compare(memory, 8, NULL, list.expected, 1, list.statuses, NULL, 0, tally) ==
           PS_ERR_ARGUMENT);
     CHECK(ps_watch_compare(memory, 8, list.offsets, NULL, 1, list.statuses, NULL, 0, tally) ==

@@ -136,12 +136,14 @@ static void check_shape(const uint8_t *pages, size_t count)
     memset(statuses, 0xff, count);
     CHECK(ps_digest_list(&method, pages, count * PAGE, offsets, count, tweaks, digests, statuses) ==
           PS_OK);
-    CHECK(ps_copy_list(method.pool, pages, count * PAGE, offsets, count, copies, statuses) == PS_OK);
+    CHECK(ps_copy_list(method.pool, pages, count * PAGE, offsets, count, copies, statuses) ==
+          PS_OK);
     CHECK(all_equal(statuses, PS_PAGE_OK, count));
     bool digested = true, copied = true;
     for (size_t i = 0; i < count; i++) {
         size_t from = count - 1 - i;
-        digested &= memcmp(digests + i * digest_size, expected + from * digest_size, digest_size) == 0;
+        const uint8_t *wanted = expected + from * digest_size;
+        digested &= memcmp(digests + i * digest_size, wanted, digest_size) == 0;
         copied &= memcmp(copies + i * PAGE, pages + from * PAGE, PAGE) == 0;
     }
     CHECK(digested);
@@ -176,7 +178,8 @@ static void test_bounds(void)
     const uint8_t holes[COUNT] = {0, 0, 1, 1, 1, 1, 0, 1};
     uint8_t digests[COUNT * DIGEST_MAX], statuses[COUNT], copies[COUNT * PAGE];
 
-    CHECK(ps_digest_list(&method, pages, 2 * PAGE, offsets, COUNT, frames(), digests, statuses) == PS_OK);
+    CHECK(ps_digest_list(&method, pages, 2 * PAGE, offsets, COUNT, frames(), digests, statuses) ==
+          PS_OK);
     CHECK(memcmp(statuses, holes, COUNT) == 0);
     CHECK(memcmp(digests, reference_digests(), 2 * digest_size) == 0);
     CHECK(ps_copy_list(method.pool, pages, 2 * PAGE, offsets, COUNT, copies, statuses) == PS_OK);

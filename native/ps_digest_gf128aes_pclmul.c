@@ -18,13 +18,13 @@ typedef struct {
 PCLMUL_INLINE __m128i load_keyed(const uint8_t *bytes, const uint8_t *key)
 {
     return _mm_xor_si128(_mm_loadu_si128((const __m128i *)bytes),
-                            _mm_load_si128((const __m128i *)key));
+                         _mm_load_si128((const __m128i *)key));
 }
 
 PCLMUL_INLINE void add_products(page_sums *sums, __m128i x, __m128i y)
 {
     __m128i cross = _mm_xor_si128(_mm_clmulepi64_si128(x, y, 0x01),
-                                     _mm_clmulepi64_si128(x, y, 0x10));
+                                  _mm_clmulepi64_si128(x, y, 0x10));
     sums->low = _mm_xor_si128(sums->low, _mm_clmulepi64_si128(x, y, 0x00));
     sums->middle = _mm_xor_si128(sums->middle, cross);
     sums->high = _mm_xor_si128(sums->high, _mm_clmulepi64_si128(x, y, 0x11));

@@ -20,7 +20,7 @@ static void sum_page(const uint8_t *page, const uint8_t *key, const uint8_t *nex
     uint64x2_t pairs[PS_NH_PASSES] = {0};
     for (size_t at = 0; at < PS_PAGE_SIZE; at += STEP) {
         if (at % 64 == 0) {
-            ps_prefetch(next + at, 1);
+            ps_prefetch(next + at, PS_LANES);
         }
         uint32x4_t low = vreinterpretq_u32_u8(vld1q_u8(page + at));
         uint32x4_t high = vreinterpretq_u32_u8(vld1q_u8(page + at + 16));

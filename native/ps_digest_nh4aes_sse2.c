@@ -20,7 +20,7 @@ static void sum_page(const uint8_t *page, const uint8_t *key, const uint8_t *nex
     __m128i pairs[PS_NH_PASSES] = {0};
     for (size_t at = 0; at < PS_PAGE_SIZE; at += STEP) {
         if (at % 64 == 0) {
-            ps_prefetch(next + at, 1);
+            ps_prefetch(next + at, PS_LANES);
         }
         __m128i low = _mm_loadu_si128((const __m128i *)(page + at));
         __m128i high = _mm_loadu_si128((const __m128i *)(page + at + 16));

@@ -108,8 +108,7 @@ void ps_digest_sha256_shani(const ps_batch *batch)
     const uint8_t *const *pages = batch->pages;
     size_t i = 0, count = batch->count;
     for (; i + 1 < count; i += 2) {
-        const uint8_t *const *next = i + 3 < count + 1 ? pages + i + 2 : pages + i;
-        digest_pair(pages + i, next, batch->results + i * PS_SHA256_SIZE);
+        digest_pair(pages + i, pages + i + 2, batch->results + i * PS_SHA256_SIZE);
     }
     if (i < count) {
         /* An odd last page is its own partner: as fast as alone, and no second code path. */

@@ -84,14 +84,12 @@ static inline size_t ps_batch_lanes(const ps_batch *batch, size_t at)
     return stream || batch->count - at < PS_LANES ? 1 : PS_LANES;
 }
 
-/* Prefetches a line of a page that comes `lanes` pages later. A single page is part of a stream
- * and goes where it is needed; several at once would use up the miss buffers of the first
- * level, and go to the second. */
+/* Prefetches a line of a page that comes `lanes` pages later. Not for a stream, with which the
+ * prefetcher of the CPU keeps up by itself, and not into the first level, whose miss buffers
+ * the loads need. */
 __attribute__((always_inline)) static inline void ps_prefetch(const uint8_t *line, int lanes)
 {
-    if (lanes == 1) {
-        __builtin_prefetch(line, 0, 3);
-    } else {
+    if (lanes > 1) {
         __builtin_prefetch(line, 0, 2);
     }
 }

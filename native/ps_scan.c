@@ -2,7 +2,8 @@
  *
  * It knows neither the digest nor the instruction set: it gathers readable pages, runs a
  * ps_work_fn over them under the guard, and gives every page its status. Copying and mere
- * reading are more kinds of work.
+ * reading are more kinds of work. A call is cut into parts that the threads of a pool take one
+ * by one; each writes to its own pages' places, so the results are the same for any number.
  */
 #include <stdatomic.h>
 #include <string.h>
@@ -404,7 +405,8 @@ int ps_read_limit(ps_pool *pool, const uint8_t *base, size_t base_length, const 
     if (result != PS_OK) {
         return result;
     }
-    const page_work work = {.run = ps_dispatch_read(interleaved != 0), .result_size = sizeof *sum, .pool = pool};
+    const page_work work = {
+        .run = ps_dispatch_read(interleaved != 0), .result_size = sizeof *sum, .pool = pool};
     read_job reading = {.job = {.work = &work, .list = &list}};
     ps_pool_run(pool, read_part, &reading, count / PART_PAGES + (count % PART_PAGES > 0));
     *sum = reading.sum;
