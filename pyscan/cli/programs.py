@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,16 +25,16 @@ PROGRAMS = (
 def add(commands: Commands) -> None:
     """Declare the commands."""
     for name, program, text in PROGRAMS:
-
-        def run(options: argparse.Namespace, program=program) -> ExitStatus:  # type: ignore[no-untyped-def]
-            return ExitStatus(program(options.config, options.check_config))
-
-        parser = add_command(
-            commands, name, run, text, f"pyscan {name} --config /etc/pyscan/{name}.toml"
-        )
+        example = f"pyscan {name} --config /etc/pyscan/{name}.toml"
+        parser = add_command(commands, name, partial(run, program), text, example)
         parser.add_argument(
             "--config", metavar="FILE", type=Path, required=True, help="configuration (TOML)"
         )
         parser.add_argument(
             "--check-config", action="store_true", help="check the configuration and exit"
         )
+
+
+def run(program: Callable[[Path, bool], int], options: argparse.Namespace) -> ExitStatus:
+    """Run one program until it is told to stop."""
+    return ExitStatus(program(options.config, options.check_config))
