@@ -24,6 +24,7 @@ from pyscan.errors import ExitStatus, PyscanError
 log = logging.getLogger(__name__)
 
 ConfigT = TypeVar("ConfigT")
+ResultT = TypeVar("ResultT")
 
 
 class ProgramState(StrEnum):
@@ -117,6 +118,20 @@ def run_program(
         return _complain(name, [error])
     note_state(name, ProgramState.STOPPED)
     return ExitStatus.APPROVED
+
+
+async def in_thread(call: Callable[[], ResultT]) -> ResultT:
+    """Run a blocking call in a thread. Cancelled, it first waits for the call to end.
+
+    A thread cannot be cancelled: what the call uses (a mapping, a key) must not be released
+    under it.
+    """
+    task = asyncio.create_task(asyncio.to_thread(call))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise
 
 
 async def _until_signal(name: str, program: Coroutine[None, None, None]) -> None:

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from pyscan.approved import Snapshot
@@ -21,6 +22,7 @@ from pyscan.errors import FileFormatError, SourceUnavailable, TargetUnavailable,
 from pyscan.ids import new_id
 from pyscan.policy import judge
 from pyscan.records import Finding, FindingKind, PageStatus, Sweep, Verdict, VerdictState
+from pyscan.runtime import in_thread
 from pyscan.scanner import Scanner, SuspectPage, SweepResult
 from pyscan.sources import Source, open_source
 
@@ -134,7 +136,7 @@ class Watch:
         all others.
         """
         try:
-            source = await asyncio.to_thread(open_source, self._settings.source)
+            source = await in_thread(partial(open_source, self._settings.source))
         except (FileFormatError, UsageError) as error:
             if isinstance(error, UsageError) and not self._opened:
                 raise
@@ -163,7 +165,7 @@ class Watch:
             # A finding in the page tables is seen only by a walk: keep walking until it is gone.
             suspicious = self.counters.state is not VerdictState.APPROVED
             walk = suspicious or started - self._walked_at >= WALK_INTERVAL_S
-            result = await asyncio.to_thread(scanner.sweep, walk_tables=walk)
+            result = await in_thread(partial(scanner.sweep, walk_tables=walk))
             if result.walked_tables:
                 self._walked_at = started
             self._count(result.sweep)

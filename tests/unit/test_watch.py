@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -104,6 +105,34 @@ async def test_the_first_verdict(target: Target) -> None:
     assert counters.pages == counters.sweeps * observed.watch.pages
     assert counters.state is APPROVED
     assert counters.busy_ns > 0
+
+
+async def test_a_stop_waits_for_the_sweep_that_is_under_way(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mapping and key are still in use: releasing them under a sweep ends the process."""
+    entered, leave, closed = threading.Event(), threading.Event(), threading.Event()
+
+    class Slow(Wrapped):
+        def close(self) -> None:
+            closed.set()
+            super().close()
+
+    def hold(_frames: object) -> None:
+        entered.set()
+        assert leave.wait(DEADLINE_S)
+
+    monkeypatch.setattr(watch, "open_source", lambda _uri: Slow(target.open(), before=hold))
+    task = asyncio.create_task(Observed(target).watch.run())
+    assert await asyncio.to_thread(entered.wait, DEADLINE_S)
+    task.cancel()
+    done, _ = await asyncio.wait({task}, timeout=0.2)
+    assert not done
+    assert not closed.is_set()
+    leave.set()
+    await asyncio.wait({task}, timeout=DEADLINE_S)
+    assert task.cancelled()
+    assert closed.is_set()
 
 
 async def test_a_change_is_told_once_and_so_is_its_end(target: Target) -> None:
