@@ -134,6 +134,7 @@ GOALS: Final[tuple[RatioGoal | TimeGoal | RateGoal | CallGoal, ...]] = (
     RatioGoal("keyed sweep / (mmap + hashlib), 1 thread", _KEYED, ("mmap+sha256",), 12),
     RatioGoal("sha256 / OpenSSL EVP a page in C", ("sha256",), ("openssl-evp-sha256",), 1.8),
     TimeGoal("a sweep of 8,000 scattered pages, 1 thread", _KEYED, 2.0, SCATTERED),
+    TimeGoal("a sweep of 8,000 scattered pages, 2 threads", _KEYED, 2.0, SCATTERED, 2),
     RateGoal("compares of a watch list of 8,192 values", WATCH_TABLES, "watch-list", 200_000),
     RatioGoal("numba / C", ("numba-nh4aes",), ("nh4aes",), 0.60, percent=True),
     CallGoal("a call through cffi / 256 pages", "nh4aes", 256, 0.02),
