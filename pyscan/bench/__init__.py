@@ -7,7 +7,7 @@ extra (``pyscan[bench]``) is listed as absent where it is not installed.
 """
 
 from pyscan.bench.document import Document, load, save
-from pyscan.bench.plots import save_plots
+from pyscan.bench.plots import require_plots, save_plots
 from pyscan.bench.report import print_document, save_markdown
 from pyscan.bench.run import BenchOptions, run_bench
 from pyscan.bench.shapes import SHAPES
@@ -18,6 +18,7 @@ __all__ = [
     "Document",
     "load",
     "print_document",
+    "require_plots",
     "run_bench",
     "save",
     "save_markdown",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -19,16 +20,21 @@ _LIMIT: Final = "#d1495b"
 _OUR_NAMES: Final = frozenset({"nh4aes", "gf128aes", "sha256", "numba-nh4aes"})
 
 
+def require_plots() -> None:
+    """Raise UsageError when plots cannot be drawn here, before minutes are spent on figures."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("plots need matplotlib; install pyscan[bench]")
+
+
 def save_plots(document: Document, directory: Path) -> list[Path]:
     """Write every plot that the document has figures for; returns the SVG files.
 
     Raises UsageError without matplotlib, FileFormatError when a file cannot be written.
     """
-    try:
-        import matplotlib  # noqa: PLC0415 (an extra, slow to load)
-        from matplotlib.figure import Figure  # noqa: PLC0415
-    except ImportError as error:
-        raise UsageError("plots need matplotlib; install pyscan[bench]") from error
+    require_plots()
+    import matplotlib  # noqa: PLC0415 (an extra, slow to load)
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
     made = []
     # The same document gives the same files: no random ids, no dates. Text stays text.
     with matplotlib.rc_context({"svg.hashsalt": "pyscan", "svg.fonttype": "none"}):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,6 +78,7 @@ def run(options: argparse.Namespace) -> ExitStatus:
             raise UsageError("--from measures nothing, so --json has nothing to write; drop one")
         document = bench.load(options.stored)
     else:
+        _prepare_outputs(options)
         document = _measure(options)
     if options.json is not None:
         bench.save(document, options.json)
@@ -85,6 +87,23 @@ def run(options: argparse.Namespace) -> ExitStatus:
         bench.save_markdown(document, options.report, plots)
     bench.print_document(out, document)
     return ExitStatus.APPROVED
+
+
+def _prepare_outputs(options: argparse.Namespace) -> None:
+    """Whatever would keep the results from being written must show before the measuring.
+
+    Raises UsageError.
+    """
+    if options.plots is not None:
+        bench.require_plots()
+    files = [path for path in (options.json, options.report) if path is not None]
+    for folder in {*(path.parent for path in files), *filter(None, [options.plots])}:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"{folder}: cannot be made: {error.strerror}") from error
+        if not os.access(folder, os.W_OK):
+            raise UsageError(f"{folder}: cannot be written; choose another place for the results")
 
 
 def _measure(options: argparse.Namespace) -> bench.Document:
