@@ -5,7 +5,7 @@ PYTHON := .venv/bin/python
 ARGS :=
 
 .DEFAULT_GOAL := help
-.PHONY: help ready setup demo test lint bench clean
+.PHONY: help ready setup demo test lint matrix fuzz bench clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -27,6 +27,12 @@ lint: ready ## Check style, types and import contracts
 
 test: lint ## Check everything, then run all tests; options: make test ARGS="-k lab"
 	@$(PYTHON) -m pytest $(ARGS)
+
+matrix: ready ## Boot the matrix of configurations; options: make matrix ARGS="--only NAME"
+	@PYTHONPATH=tests $(PYTHON) -m matrix.run $(ARGS)
+
+fuzz: ready ## Fuzz what reads hostile bytes; options: make fuzz ARGS="--seconds 600 elf"
+	@$(PYTHON) tests/fuzz/run.py $(ARGS)
 
 bench: ## Measure; options: make bench ARGS="--quick --json FILE"
 	@.ci/setup bench

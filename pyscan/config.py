@@ -243,7 +243,8 @@ class Target(_Table, frozen=True, kw_only=True):
     host: Name  # host name of the agent that answers for it
     vm: Name  # as in the agent's [[vm]] id
     source: Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]  # URI
-    approved: InputFile
+    #: One file, or several of kind linux: the one that fits the running kernel is used.
+    approved: Annotated[tuple[InputFile, ...], msgspec.Meta(min_length=1, max_length=16)]
 
 
 class MonitorConfig(_Program, frozen=True, kw_only=True):
@@ -338,6 +339,7 @@ def _load(path: Path, kind: type[ConfigT]) -> ConfigT:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(path, _syntax_line(str(error), text), f"not TOML: {error}") from error
     base = path.absolute().parent
+    _lists_for_single_files(document)
 
     def decode(wanted: type, value: object) -> object:
         if not isinstance(value, str) or not value:
@@ -349,6 +351,14 @@ def _load(path: Path, kind: type[ConfigT]) -> ConfigT:
     except msgspec.ValidationError as error:
         message, line = _validation_problem(str(error), text)
         raise ConfigError(path, line, message) from error
+
+
+def _lists_for_single_files(document: dict[str, object]) -> None:
+    """`approved = "F"` is short for `approved = ["F"]`."""
+    targets = document.get("target")
+    for target in targets if isinstance(targets, list) else ():
+        if isinstance(target, dict) and isinstance(target.get("approved"), str):
+            target["approved"] = [target["approved"]]
 
 
 def _read_text(path: Path) -> str:

@@ -5,6 +5,7 @@
     |   `-- ConfigError       a configuration file, with file and line       exit 2
     |-- FileFormatError       a damaged, foreign or unsigned file            exit 2
     |   |-- ApprovedFileError
+    |   |-- PackageError
     |   `-- EvidenceError
     |-- SignatureInvalid      a COSE message that does not verify            exit 2
     |-- Rejected              a message that is refused, with a reason code  exit 2
@@ -68,6 +69,10 @@ class FileFormatError(PyscanError):
 
 class ApprovedFileError(FileFormatError):
     """An approved configuration that cannot be trusted or read."""
+
+
+class PackageError(FileFormatError):
+    """A kernel package, or a file in it, that is damaged, foreign or of an unknown series."""
 
 
 class EvidenceError(FileFormatError):

@@ -22,6 +22,16 @@ from pyscan.records import (
 #: The actions that answer a verdict; `release` and `query` answer a person.
 ANSWERS = frozenset({Action.KILL, Action.SANDBOX, Action.FREEZE, Action.CAPTURE})
 
+#: Findings that are facts whatever the counts say, and what each kind means in a reason.
+_FACT_TEXTS = {
+    FindingKind.MAPPING: "kernel addresses lead elsewhere than approved",
+    FindingKind.DIGEST: "kernel addresses lead elsewhere than approved",
+    FindingKind.CODE: "the kernel's code is not as its package has it",
+    FindingKind.STRUCTURE: "the kernel's structures are not as a kernel leaves them",
+    FindingKind.STATE: "the kernel is in a state that the rules do not allow",
+}
+_FACTS = frozenset(_FACT_TEXTS)
+
 
 def judge(sweep: Sweep) -> tuple[VerdictState, str]:
     """The state of a target after a sweep, and the reason as one line for a person.
@@ -37,11 +47,7 @@ def judge(sweep: Sweep) -> tuple[VerdictState, str]:
     where = f", first at {places[0]}" if places else ""
     counts = (sweep.ok, sweep.mismatched, sweep.unreadable)
     if sweep.watched <= 0 or min(counts) < 0 or sum(counts) != sweep.watched:
-        state, reason = (
-            VerdictState.UNDECIDED,
-            f"the counts of the sweep do not add up: watched {sweep.watched}, "
-            f"ok {sweep.ok}, mismatched {sweep.mismatched}, unreadable {sweep.unreadable}",
-        )
+        state, reason = VerdictState.UNDECIDED, _uncountable(sweep)
     elif FindingKind.ATTACH in kinds and 2 * sweep.ok < sweep.watched:
         state, reason = (
             VerdictState.UNDECIDED,
@@ -54,11 +60,9 @@ def judge(sweep: Sweep) -> tuple[VerdictState, str]:
             f"{sweep.mismatched} of {sweep.watched} pages "
             f"{'is' if sweep.mismatched == 1 else 'are'} not as approved{where}",
         )
-    elif kinds & {FindingKind.MAPPING, FindingKind.DIGEST}:
-        state, reason = (
-            VerdictState.UNAPPROVED,
-            f"kernel addresses lead elsewhere than approved{where}",
-        )
+    elif kinds & _FACTS:
+        what = _FACT_TEXTS[next(kind for kind in _FACT_TEXTS if kind in kinds)]
+        state, reason = VerdictState.UNAPPROVED, f"{what}{where}"
     elif kinds == {FindingKind.ATTACH, FindingKind.UNREADABLE}:
         state, reason = VerdictState.UNDECIDED, "pages or page tables could not be read"
     elif FindingKind.ATTACH in kinds:
@@ -81,6 +85,17 @@ def judge(sweep: Sweep) -> tuple[VerdictState, str]:
     else:
         state, reason = VerdictState.APPROVED, f"all {sweep.watched} pages are as approved"
     return state, reason
+
+
+def _uncountable(sweep: Sweep) -> str:
+    """Why nothing can be said by the counts of a sweep."""
+    unread = [f for f in sweep.findings if f.kind is FindingKind.UNREADABLE]
+    if sweep.watched == 0 and unread:
+        return unread[0].actual  # the target was never read: its finding says why
+    return (
+        f"the counts of the sweep do not add up: watched {sweep.watched}, "
+        f"ok {sweep.ok}, mismatched {sweep.mismatched}, unreadable {sweep.unreadable}"
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,6 +102,9 @@ class FindingKind(StrEnum):
     MAPPING = "mapping"  # an approved virtual page leads to another frame, or nowhere
     UNREADABLE = "unreadable"  # no content could be read: neither clean nor compromised
     ATTACH = "attach"  # the kernel was not found where, or as, it was approved
+    CODE = "code"  # bytes that the kernel package does not explain
+    STATE = "state"  # the kernel is in one state, but not in one that the policy allows
+    STRUCTURE = "structure"  # a table, list or pointer that no legal kernel holds
 
 
 @dataclass(frozen=True, slots=True)

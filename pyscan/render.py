@@ -17,8 +17,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from pyscan.approved import Snapshot
+from pyscan.approved import LinuxApproved, Snapshot
 from pyscan.records import Finding, VerdictState
+from pyscan.scanner import KernelReport
 
 PLAIN_WIDTH: Final = 200
 STYLES: Final = {
@@ -164,6 +165,74 @@ def snapshot_json(snapshot: Snapshot, approver: str) -> dict[str, object]:
             {"gpa": _hex(region.gpa), "length": _hex(region.length), "kind": str(region.kind)}
             for region in snapshot.memory_map
         ],
+    }
+
+
+def approved_text(approved: Snapshot | LinuxApproved) -> str:
+    """Kind and content of an approved configuration, in brackets of a line."""
+    if isinstance(approved, Snapshot):
+        return f"snapshot of {time_text(approved.created_ns)}, {approved.pages} pages"
+    return f"linux {approved.release}, {len(approved.modules)} modules"
+
+
+def kernel_rows(report: KernelReport) -> list[tuple[str, str | Text]]:
+    """The running kernel for a person: what it is, where, in what state, what was verified."""
+    validation = report.validation
+    kernel = validation.attached.kernel
+    modules = ", ".join(each.module.name for each in validation.units.modules)
+    after_init = validation.after_init
+    verified = validation.text.bytes + validation.rodata.code.bytes
+    verified += after_init.verified + after_init.typed
+    rows: list[tuple[str, str | Text]] = [
+        ("kernel", f"{report.approved.release}, {kernel.paging_levels} paging levels"),
+        ("build", report.approved.banner),
+        ("bases", f"virtual {kernel.virtual_base:#x}  physical {kernel.physical_base:#x}"),
+        ("modules", f"{len(validation.units.modules)}: {modules or '-'}"),
+        ("state", str(report.vector)),
+        ("verified", f"{verified} bytes of text and read-only data"),
+    ]
+    rows += [("changed", str(change)) for change in report.reports]
+    return rows
+
+
+def kernel_not_judged(report: KernelReport) -> str:
+    """What the verdict says nothing about, with its size."""
+    validation = report.validation
+    parts = [NOT_JUDGED]
+    parts += [f"{size} bytes of {kind}" for kind, size in validation.unverified.items() if size]
+    if validation.after_init.unverified:
+        parts.append(f"{validation.after_init.unverified} bytes that the boot has set (pinned)")
+    if validation.rodata.unknown_bytes:
+        parts.append(f"{validation.rodata.unknown_bytes} bytes that refer to freed init sections")
+    return ", ".join(parts)
+
+
+def kernel_json(report: KernelReport) -> dict[str, object]:
+    """`kernel` and `state` of `pyscan scan --json`."""
+    validation = report.validation
+    kernel = validation.attached.kernel
+    return {
+        "kernel": {
+            "release": report.approved.release,
+            "build": report.approved.banner,
+            "virtual_base": _hex(kernel.virtual_base),
+            "physical_base": _hex(kernel.physical_base),
+            "paging_levels": kernel.paging_levels,
+            "modules": [each.module.name for each in validation.units.modules],
+            "unknown_modules": [module.name for module in validation.units.unknown],
+        },
+        "state": report.vector.to_json(),
+        "state_changes": [str(change) for change in report.reports],
+        "coverage_bytes": {
+            "text": validation.text.bytes,
+            "rodata": validation.rodata.code.bytes,
+            "after_init_verified": validation.after_init.verified,
+            "after_init_typed": validation.after_init.typed,
+            "after_init_pinned": validation.after_init.unverified,
+            "unknown": validation.rodata.unknown_bytes,
+            **validation.unverified,
+        },
+        "validation_ms": validation.timings_ms,
     }
 
 

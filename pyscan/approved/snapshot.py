@@ -13,18 +13,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, TypeVar
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pyscan.approved.fields import typed
 from pyscan.digest import Digester
 from pyscan.errors import ApprovedFileError, SourceUnavailable, TargetUnavailable
 from pyscan.kernel import EXECUTABLE, KernelImage, find_kernel, watched_pages
 from pyscan.records import PAGE_SIZE, MemoryMap, MemoryRegion, PageStatus, RegionKind
 from pyscan.sources import Source
-
-T = TypeVar("T")
 
 DIGEST_BYTES: Final = 32
 #: 4 Mi pages are 16 GiB of kernel text and read-only data: far above any real kernel.
@@ -90,17 +89,17 @@ class Snapshot:
         if np.any(addresses % np.uint64(PAGE_SIZE)) or np.any(addresses[1:] <= addresses[:-1]):
             raise ApprovedFileError("page addresses are not aligned, ascending and unique")
         frames = _column(payload, "frames")
-        flags = np.frombuffer(_typed(payload, "flags", bytes), dtype=np.uint8)
-        digests = np.frombuffer(_typed(payload, "digests", bytes), dtype=np.uint8)
+        flags = np.frombuffer(typed(payload, "flags", bytes), dtype=np.uint8)
+        digests = np.frombuffer(typed(payload, "digests", bytes), dtype=np.uint8)
         if not count == len(frames) == len(flags) or len(digests) != count * DIGEST_BYTES:
             raise ApprovedFileError("the page columns differ in length")
         if np.any(flags & ~np.uint8(EXECUTABLE)):
             raise ApprovedFileError("a page has unknown flags")
         return cls(
-            created_ns=_typed(payload, "created_ns", int),
-            source=_typed(payload, "source", str),
-            memory_map=_memory_map(_typed(payload, "regions", list)),
-            kernel=_kernel(_typed(payload, "kernel", dict)),
+            created_ns=typed(payload, "created_ns", int),
+            source=typed(payload, "source", str),
+            memory_map=_memory_map(typed(payload, "regions", list)),
+            kernel=_kernel(typed(payload, "kernel", dict)),
             addresses=addresses,
             frames=frames,
             flags=flags,
@@ -177,17 +176,8 @@ def _digest_all(
     return digests
 
 
-def _typed(payload: Mapping[str, object], key: str, kind: type[T]) -> T:
-    value = payload.get(key)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise ApprovedFileError(f"field {key!r} is missing or not a {kind.__name__}")
-    if isinstance(value, int) and not 0 <= value < 1 << 64:
-        raise ApprovedFileError(f"field {key!r} is not an unsigned 64-bit number")
-    return value
-
-
 def _column(payload: Mapping[str, object], key: str) -> NDArray[np.uint64]:
-    data = _typed(payload, key, bytes)
+    data = typed(payload, key, bytes)
     if len(data) % 8:
         raise ApprovedFileError(f"field {key!r} is not a list of 64-bit values")
     return np.frombuffer(data, dtype="<u8").astype(np.uint64)
@@ -212,13 +202,13 @@ def _region(row: object) -> MemoryRegion:
 
 
 def _kernel(fields: dict[str, object]) -> KernelImage:
-    levels = _typed(fields, "levels", int)
+    levels = typed(fields, "levels", int)
     if levels not in (4, 5):
         raise ApprovedFileError(f"{levels} paging levels; 4 or 5 are expected")
     return KernelImage(
-        root_gpa=_typed(fields, "root", int),
+        root_gpa=typed(fields, "root", int),
         paging_levels=levels,
-        virtual_base=_typed(fields, "virtual_base", int),
-        physical_base=_typed(fields, "physical_base", int),
-        image_bytes=_typed(fields, "bytes", int),
+        virtual_base=typed(fields, "virtual_base", int),
+        physical_base=typed(fields, "physical_base", int),
+        image_bytes=typed(fields, "bytes", int),
     )

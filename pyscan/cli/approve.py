@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyscan import render
-from pyscan.approved import enrol, load_approved, save_approved
+from pyscan.approved import LinuxApproved, enrol, load_approved, save_approved
+from pyscan.cli import approve_linux
 from pyscan.cli.base import (
     add_command,
     add_group,
@@ -44,6 +45,7 @@ def add(commands: Commands) -> None:
     snapshot.add_argument(
         "--sign", metavar="KEY", type=Path, help="private key to sign with (default: your own)"
     )
+    approve_linux.add(group)
     show = add_command(
         group,
         "show",
@@ -88,10 +90,15 @@ def run_snapshot(options: argparse.Namespace) -> ExitStatus:
 
 def run_show(options: argparse.Namespace) -> ExitStatus:
     """Verify and print."""
-    snapshot, approver = load_approved(options.file, approvers(options.trust))
-    document = render.snapshot_json(snapshot, approver)
+    approved, approver = load_approved(options.file, approvers(options.trust))
+    if isinstance(approved, LinuxApproved):
+        document = approve_linux.show_json(approved, approver)
+    else:
+        document = render.snapshot_json(approved, approver)
     if options.json:
         render.print_json(document)
     else:
+        # Hundreds of names help nobody on a terminal; --json has them.
+        document.pop("modules", None)
         render.print_facts(render.console(), render.fact_rows(document))
     return ExitStatus.APPROVED

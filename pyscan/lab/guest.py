@@ -45,7 +45,10 @@ class Accelerator(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class GuestOptions:
-    """What to boot. `append` goes to the kernel command line, `extra` to QEMU's."""
+    """What to boot. `append` goes to the kernel command line, `extra` to QEMU's.
+
+    `initrd`: a file in `guest_dir`; "initrd-matrix.gz" also holds what tests/matrix needs.
+    """
 
     guest_dir: Path
     machine: Machine = Machine.Q35
@@ -54,6 +57,7 @@ class GuestOptions:
     cpu_model: str = "max"
     accelerator: Accelerator = Accelerator.TCG
     append: str = ""
+    initrd: str = "initrd.gz"
     load: bool = False
     qtest: bool = False
     uuid: str = GUEST_UUID
@@ -266,7 +270,7 @@ class Guest:
             f"mem-path={_comma_safe(self.ram_file)}",
             *("-machine", f"{options.machine},memory-backend=ram"),
             *("-kernel", options.guest_dir / "vmlinuz"),
-            *("-initrd", options.guest_dir / "initrd.gz"),
+            *("-initrd", options.guest_dir / options.initrd),
             *("-append", f"{kernel_line} {options.append}".strip()),
             *("-device", "pci-testdev,membar=1M,id=card0"),
             *("-netdev", "user,id=net0,restrict=on"),

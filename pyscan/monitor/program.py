@@ -20,14 +20,16 @@ from typing import Final
 import msgspec
 
 from pyscan import protocol, runtime
-from pyscan.approved import Snapshot, load_approved
+from pyscan.approved import LinuxApproved, Snapshot, load_approved
 from pyscan.config import MonitorConfig, SweepTable, Target, load_monitor
 from pyscan.digest import DigestKey, open_digester
 from pyscan.errors import TransportError
 from pyscan.evidence import EvidenceLog, message_body
+from pyscan.keys import KeyRing
 from pyscan.monitor.watch import Digesters, Judgement, Watch, WatchSettings
 from pyscan.outbox import Outbox, transaction
 from pyscan.records import PAGE_SIZE, VerdictState
+from pyscan.scanner import SweepOptions, check_approved
 from pyscan.sources.uri import parse_uri
 from pyscan.transport import Link, Publication
 
@@ -37,11 +39,20 @@ NAME: Final = "monitor"
 
 
 @dataclass(frozen=True, slots=True)
+class _Approved:
+    """One approved configuration, and who signed it."""
+
+    path: Path
+    content: Snapshot | LinuxApproved
+    approver: str
+
+
+@dataclass(frozen=True, slots=True)
 class _Plan:
-    """A configuration with what its targets' files hold: (target, snapshot, approver)."""
+    """A configuration with what its targets' files hold."""
 
     config: MonitorConfig
-    targets: tuple[tuple[Target, Snapshot, str], ...]
+    targets: tuple[tuple[Target, tuple[_Approved, ...]], ...]
 
 
 def run_program(path: Path, check_only: bool) -> int:
@@ -54,10 +65,20 @@ def _load(path: Path) -> _Plan:
     config = load_monitor(path)
     ring = config.trust.approver_ring()
     targets = []
+    files: dict[Path, _Approved] = {}
     for target in config.target:
         parse_uri(target.source)
-        targets.append((target, *load_approved(target.approved, ring)))
+        targets.append((target, tuple(_load_once(path, ring, files) for path in target.approved)))
+        check_approved([each.content for each in targets[-1][1]])
     return _Plan(config, tuple(targets))
+
+
+def _load_once(path: Path, ring: KeyRing, files: dict[Path, _Approved]) -> _Approved:
+    """One file for all targets that share it: a kernel's holds tens of megabytes."""
+    found = files.get(path)
+    if found is None:
+        found = files[path] = _Approved(path, *load_approved(path, ring))
+    return found
 
 
 async def _run(plan: _Plan) -> None:
@@ -95,8 +116,8 @@ class _Monitor:
         self._evidence = evidence
         self._outbox = Outbox(database)
         self._watches = {
-            target.name: self._watch(target, snapshot, approver, digesters)
-            for target, snapshot, approver in plan.targets
+            target.name: self._watch(target, approved, digesters)
+            for target, approved in plan.targets
         }
         self._link = Link(
             config.link_settings(NAME),
@@ -115,28 +136,29 @@ class _Monitor:
             runtime.note_state(NAME, runtime.ProgramState.RUNNING)
 
     def _watch(
-        self, target: Target, snapshot: Snapshot, approver: str, digesters: Digesters
+        self, target: Target, approved: tuple[_Approved, ...], digesters: Digesters
     ) -> Watch:
-        log.info(
-            "target=%s source=%s approved=%s approver=%s pages=%d digest=%s",
-            target.name,
-            target.source,
-            target.approved,
-            approver,
-            snapshot.pages,
-            (digesters.keyed or digesters.exact).form,
-        )
+        for each in approved:
+            log.info(
+                "target=%s source=%s approved=%s approver=%s content=%s digest=%s",
+                target.name,
+                target.source,
+                each.path,
+                each.approver,
+                _content_text(each.content),
+                (digesters.keyed or digesters.exact).form,
+            )
+        sweep = self._config.sweep
         settings = WatchSettings(
             monitor=self._config.identity.name,
             target=target.name,
             host=target.host,
             vm=target.vm,
             source=target.source,
-            interval_ms=self._config.sweep.interval_ms,
-            rereads=self._config.sweep.rereads,
-            audit_percent=self._config.sweep.audit_percent,
+            interval_ms=sweep.interval_ms,
+            options=SweepOptions(sweep.rereads, sweep.audit_percent),
         )
-        return Watch(settings, snapshot, digesters, self._publish)
+        return Watch(settings, [each.content for each in approved], digesters, self._publish)
 
     async def _publish(self, judgement: Judgement) -> None:
         """Make a verdict durable, then let it go."""
@@ -192,3 +214,9 @@ class _Monitor:
         payload = msgspec.json.encode({"v": 1, "state": state, "at": time.time_ns()})
         topic = protocol.monitor_status_topic(self._config.identity.name)
         return Publication(topic, payload, retain=True)
+
+
+def _content_text(approved: Snapshot | LinuxApproved) -> str:
+    if isinstance(approved, Snapshot):
+        return f"snapshot pages={approved.pages}"
+    return f"linux release={approved.release} modules={len(approved.modules)}"

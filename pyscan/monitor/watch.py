@@ -11,19 +11,19 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from pyscan.approved import Snapshot
+from pyscan.approved import LinuxApproved, Snapshot
 from pyscan.digest import Digester
 from pyscan.errors import FileFormatError, SourceUnavailable, TargetUnavailable, UsageError
 from pyscan.ids import new_id
 from pyscan.policy import judge
 from pyscan.records import Finding, FindingKind, PageStatus, Sweep, Verdict, VerdictState
 from pyscan.runtime import in_thread
-from pyscan.scanner import Scanner, SuspectPage, SweepResult
+from pyscan.scanner import SuspectPage, Sweeper, SweepOptions, SweepResult, open_scanner
 from pyscan.sources import Source, open_source
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,8 @@ REFRESH_MAX_S: Final = 300.0
 #: window has moved on.
 CHANGES_MAX: Final = 16
 CHANGES_WINDOW_S: Final = 60.0
+#: Changes of a kernel's state that are logged at a time.
+STATE_LOGGED_MAX: Final = 32
 #: Pause before an unreachable target is tried again.
 RETRY_S: Final = 1.0
 
@@ -54,8 +56,7 @@ class WatchSettings:
     vm: str
     source: str
     interval_ms: int
-    rereads: int
-    audit_percent: float = 1.0
+    options: SweepOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +93,14 @@ class Watch:
     def __init__(
         self,
         settings: WatchSettings,
-        snapshot: Snapshot,
+        approved: Sequence[Snapshot | LinuxApproved],
         digesters: Digesters,
         publish: Callable[[Judgement], Awaitable[None]],
     ) -> None:
         self._settings = settings
-        self._snapshot = snapshot
+        self._approved = tuple(approved)
+        self._pages = sum(each.pages for each in approved if isinstance(each, Snapshot))
+        self._told: tuple[str, ...] = ()
         self._digesters = digesters
         self._publish = publish
         self._published: tuple[object, ...] = ()
@@ -110,8 +113,8 @@ class Watch:
 
     @property
     def pages(self) -> int:
-        """Number of watched pages."""
-        return self._snapshot.pages
+        """Number of watched pages; 0 as long as the kernel was not found."""
+        return self._pages
 
     async def run(self) -> None:
         """Open the target, sweep it, and open it again whenever it was lost.
@@ -146,19 +149,17 @@ class Watch:
 
     async def _sweep_until_lost(self, source: Source) -> None:
         """Sweep until the source is gone, or nothing can be read through it any more."""
-        settings = self._settings
-        with Scanner(
+        with open_scanner(
             source,
-            self._snapshot,
+            self._approved,
             self._digesters.exact,
-            target=settings.target,
-            rereads=settings.rereads,
+            target=self._settings.target,
             keyed=self._digesters.keyed,
-            audit_percent=settings.audit_percent,
+            options=self._settings.options,
         ) as scanner:
             await self._sweep_with(scanner)
 
-    async def _sweep_with(self, scanner: Scanner) -> None:
+    async def _sweep_with(self, scanner: Sweeper) -> None:
         interval_s = self._settings.interval_ms / 1e3
         while True:
             started = time.monotonic()
@@ -168,11 +169,28 @@ class Watch:
             result = await in_thread(partial(scanner.sweep, walk_tables=walk))
             if result.walked_tables:
                 self._walked_at = started
+            self._pages = result.sweep.watched
             self._count(result.sweep)
+            self._tell(scanner)
             await self._judge(result)
             if result.sweep.unreadable == result.sweep.watched:
                 return
             await asyncio.sleep(max(0.0, interval_s - (time.monotonic() - started)))
+
+    def _tell(self, scanner: Sweeper) -> None:
+        """Log the kernel that was found, and each change of its state once."""
+        report = scanner.report
+        if report is None:
+            return
+        kernel = report.validation.attached.kernel
+        told = (
+            f"kernel={report.approved.release} base={kernel.virtual_base:#x}",
+            *(f"state {change}" for change in report.reports[:STATE_LOGGED_MAX]),
+        )
+        for line in told:
+            if line not in self._told:
+                log.info("target=%s %s", self._settings.target, line)
+        self._told = told
 
     async def _judge(self, result: SweepResult) -> None:
         """Publish the verdict of a sweep if it is news, or old enough to be said again."""
@@ -228,7 +246,7 @@ class Watch:
             place="target",
             actual=reason,
         )
-        watched = self._snapshot.pages
+        watched = self._pages
         sweep = Sweep(
             id=sweep_id,
             target=self._settings.target,
@@ -240,7 +258,7 @@ class Watch:
             mismatched=0,
             unreadable=watched,
             findings=(finding,),
-            findings_total=watched,
+            findings_total=max(1, watched),
         )
         self._count(sweep)
         return SweepResult(sweep, (), None, walked_tables=True)

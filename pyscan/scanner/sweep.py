@@ -72,6 +72,10 @@ class Scanner:
             else BaselineComparer(source, snapshot, digester, keyed, audit_percent)
         )
 
+    @property
+    def report(self) -> None:
+        """A snapshot knows nothing of a kernel but its pages."""
+
     def close(self) -> None:
         """Release what the scanner holds; the source stays open. Idempotent."""
         self._comparer.close()

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tables import PRESENT, WRITE
 
-from pyscan.approved import Snapshot, enrol, file, load_approved, save_approved
+from pyscan.approved import Snapshot, enrol, envelope, file, load_approved, save_approved
 from pyscan.approved.snapshot import PAGES_MAX, REGIONS_MAX, SETTLE_TRIES
 from pyscan.cose import encode_cbor, sign1
 from pyscan.digest import open_digester
@@ -52,7 +52,7 @@ HEADER = {"format": "pyscan-approved", "version": 1, "kind": "snapshot"}
 
 def write(path: Path, payload: object, key: SigningKey = APPROVER) -> Path:
     """Sign anything as if it were an approved configuration."""
-    path.write_bytes(sign1(encode_cbor(payload), key, file.CONTENT_TYPE, file.EXTERNAL_AAD))
+    path.write_bytes(sign1(encode_cbor(payload), key, envelope.CONTENT_TYPE, envelope.EXTERNAL_AAD))
     return path
 
 
@@ -116,7 +116,10 @@ def test_a_foreign_signer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content_type", "aad"),
-    [("application/vnd.pyscan.command+cbor", file.EXTERNAL_AAD), (file.CONTENT_TYPE, b"other")],
+    [
+        ("application/vnd.pyscan.command+cbor", envelope.EXTERNAL_AAD),
+        (envelope.CONTENT_TYPE, b"other"),
+    ],
 )
 def test_a_signature_for_another_purpose(tmp_path: Path, content_type: str, aad: bytes) -> None:
     path = tmp_path / "other"

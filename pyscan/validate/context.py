@@ -1,0 +1,226 @@
+"""What every validation needs at hand: the approved kernel, and where it lies in memory.
+
+Addresses are virtual and at run time, unless they are called offsets: those count from the
+first byte of a unit's image, as in `pyscan.approved.unit`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Final, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyscan.approved.linux import LinuxApproved
+from pyscan.approved.unit import VMLINUX, SlotKind, SymbolKind, Symbols, Unit
+from pyscan.errors import ApprovedFileError
+from pyscan.kernel.discover import KernelImage
+from pyscan.validate.memory import VirtualMemory
+
+if TYPE_CHECKING:
+    from pyscan.validate.objects import LoadedModule
+
+U64 = NDArray[np.uint64]
+
+#: Longest name that kallsyms holds (KSYM_NAME_LEN, include/linux/kallsyms.h; 6.1: 512).
+_NAME_MAX: Final = 512
+
+_ADDRESS_MASK: Final = (1 << 64) - 1
+_RELOCATED: Final = {SlotKind.BASE: 1, SlotKind.NEGATED_BASE: -1}
+
+
+class SymbolNames:
+    """Look-up of a unit's symbols by name and by offset."""
+
+    def __init__(self, symbols: Symbols) -> None:
+        self._offsets: list[int] = symbols.offsets.tolist()
+        self._starts: list[int] = symbols.starts.tolist()
+        self._kinds = symbols.kinds
+        self._data = symbols.names.tobytes()
+        self._by_name: dict[str, int] = {}
+        for row in range(len(self._starts)):
+            self._by_name.setdefault(self._name(row), self._offsets[row])
+        functions = symbols.offsets[symbols.kinds == SymbolKind.FUNCTION]
+        self.functions: NDArray[np.int64] = np.unique(functions)
+
+    def offset(self, name: str) -> int | None:
+        """Offset of the first symbol of that name, or None."""
+        return self._by_name.get(name)
+
+    def near(self, offset: int) -> tuple[str, int] | None:
+        """The symbol at or ahead of an offset and the distance to it, or None."""
+        row = bisect_right(self._offsets, offset) - 1
+        if row < 0:
+            return None
+        while row and self._offsets[row - 1] == self._offsets[row]:
+            row -= 1
+        return self._name(row), offset - self._offsets[row]
+
+    def end(self, offset: int) -> int | None:
+        """Offset of the next symbol behind the one at `offset`, or None."""
+        row = bisect_right(self._offsets, offset)
+        return self._offsets[row] if row < len(self._offsets) else None
+
+    def ending(self, suffix: str, first: int, last: int) -> Iterator[tuple[str, int]]:
+        """Name and offset of each symbol in [first, last) whose name ends with `suffix`."""
+        for row in range(bisect_right(self._offsets, first - 1), len(self._offsets)):
+            if self._offsets[row] >= last:
+                return
+            name = self._name(row)
+            if name.endswith(suffix):
+                yield name, self._offsets[row]
+
+    def _name(self, row: int) -> str:
+        start = self._starts[row]
+        end = self._data.find(0, start, start + _NAME_MAX)
+        return self._data[start : end if end >= 0 else start].decode("ascii", "replace")
+
+
+@lru_cache(maxsize=8)
+def _names_of(symbols: Symbols) -> SymbolNames:
+    """One look-up for all targets that run the same kernel."""
+    return SymbolNames(symbols)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Target:
+    """One attached kernel. `of` builds it; `with_modules` and `with_functions` add to it."""
+
+    memory: VirtualMemory
+    approved: LinuxApproved
+    names: SymbolNames  # of vmlinux
+    virtual_base: int  # of the first byte of vmlinux' image
+    physical_base: int
+    modules: tuple[LoadedModule, ...] = ()
+    functions: tuple[U64, ...] = ()  # entries of functions: sorted arrays of addresses
+
+    @classmethod
+    def of(cls, memory: VirtualMemory, approved: LinuxApproved, kernel: KernelImage) -> Self:
+        """The context of a kernel that was found at `kernel`."""
+        names = _names_of(approved.vmlinux.symbols)
+        base = np.uint64(kernel.virtual_base)
+        return cls(
+            memory=memory,
+            approved=approved,
+            names=names,
+            virtual_base=kernel.virtual_base,
+            physical_base=kernel.physical_base,
+            functions=(np.sort(base + names.functions.astype(np.uint64)),),
+        )
+
+    @property
+    def slide(self) -> int:
+        """What is added to link addresses of vmlinux, modulo 2**64."""
+        return (self.virtual_base - self.approved.vmlinux.link_address) & _ADDRESS_MASK
+
+    @property
+    def image_end(self) -> int:
+        """First address behind vmlinux in memory."""
+        return self.virtual_base + self.approved.vmlinux.length
+
+    def with_modules(self, modules: tuple[LoadedModule, ...]) -> Target:
+        """This context with the modules that are loaded."""
+        return replace(self, modules=modules)
+
+    def with_functions(self, addresses: U64) -> Target:
+        """This context with further entries of functions, such as a module's."""
+        return replace(self, functions=(*self.functions, np.unique(addresses)))
+
+    def has(self, symbol: str) -> bool:
+        """Whether vmlinux has a symbol of that name."""
+        return self.names.offset(symbol) is not None
+
+    def symbol(self, symbol: str) -> int:
+        """Offset of a symbol in vmlinux' image. Raises ApprovedFileError."""
+        offset = self.names.offset(symbol)
+        if offset is None:
+            raise ApprovedFileError(
+                f"approved configuration of {self.approved.release}: vmlinux has no symbol "
+                f"{symbol}; this kernel series is not supported"
+            )
+        return offset
+
+    def address(self, symbol: str) -> int:
+        """Where a symbol of vmlinux is at run time. Raises ApprovedFileError."""
+        return (self.virtual_base + self.symbol(symbol)) & _ADDRESS_MASK
+
+    def link_address(self, symbol: str) -> int:
+        """Link address of a symbol: of per-CPU variables the offset in their area."""
+        return (self.approved.vmlinux.link_address + self.symbol(symbol)) & _ADDRESS_MASK
+
+    def offset(self, path: str) -> int:
+        """Offset of a type's member, or a type's size. Raises ApprovedFileError."""
+        try:
+            return self.approved.offsets[path]
+        except KeyError:
+            raise ApprovedFileError(
+                f"approved configuration of {self.approved.release}: it has no offset of "
+                f"{path}; compile it anew from the kernel package"
+            ) from None
+
+    def knows(self, path: str) -> bool:
+        """Whether the approved configuration has the offset of that member."""
+        return path in self.approved.offsets
+
+    def are_functions(self, addresses: U64) -> NDArray[np.bool_]:
+        """Which addresses are the entry of a function of vmlinux or a placed module."""
+        found = np.zeros(len(addresses), dtype=bool)
+        for entries in self.functions:
+            if len(entries):
+                row = np.minimum(np.searchsorted(entries, addresses), len(entries) - 1)
+                found |= entries[row] == addresses
+        return found
+
+    def is_function(self, address: int) -> bool:
+        """Whether one address is the entry of a function."""
+        if not 0 <= address <= _ADDRESS_MASK:
+            return False
+        return bool(self.are_functions(np.array([address], dtype=np.uint64))[0])
+
+    def place(self, address: int) -> str:
+        """Name of an address for a report: "vmlinux sys_call_table+0x1d8"."""
+        for module in self.modules:
+            if module.base <= address < module.base + module.size:
+                return f"module {module.name}+{address - module.base:#x}"
+        if self.virtual_base <= address < self.image_end:
+            near = self.names.near(address - self.virtual_base)
+            if near is not None:
+                return f"{VMLINUX} {near[0]}+{near[1]:#x}"
+        return f"{address:#x}"
+
+    def packaged(self, offset: int, length: int) -> bytes | None:
+        """Bytes of vmlinux as the package has them, relocated for where it runs.
+
+        None: the image that the approved configuration keeps does not reach so far.
+        """
+        unit = self.approved.vmlinux
+        if not 0 <= offset <= offset + length <= len(unit.image):
+            return None
+        data = unit.image[offset : offset + length].copy()
+        self._relocate(unit, unit.relocations64, 8, data, offset)
+        self._relocate(unit, unit.relocations32, 4, data, offset)
+        return data.tobytes()
+
+    def _relocate(
+        self,
+        unit: Unit,
+        table: NDArray[np.void],
+        width: int,
+        data: NDArray[np.uint8],
+        first: int,
+    ) -> None:
+        """Apply the relocations that lie wholly in `data`, which begins at `first`."""
+        offsets = table["offset"].astype(np.int64)
+        inside = (offsets >= first) & (offsets + width <= first + len(data))
+        for row in np.flatnonzero(inside).tolist():
+            sign = _RELOCATED.get(unit.slots[int(table["slot"][row])].kind)
+            if sign is None:
+                continue
+            at = int(offsets[row]) - first
+            value = int.from_bytes(data[at : at + width].tobytes(), "little")
+            value = (value + sign * self.slide) & ((1 << 8 * width) - 1)
+            data[at : at + width] = np.frombuffer(value.to_bytes(width, "little"), np.uint8)
