@@ -28,8 +28,8 @@ lint: ready ## Check style, types and import contracts
 test: lint ## Check everything, then run all tests; options: make test ARGS="-k lab"
 	@$(PYTHON) -m pytest $(ARGS)
 
-matrix: ready ## Boot the matrix of configurations; options: make matrix ARGS="--only NAME"
-	@PYTHONPATH=tests $(PYTHON) -m matrix.run $(ARGS)
+matrix: ready ## Validate every boot of the matrix; options: make matrix ARGS="--only NAME"
+	@PYTHONPATH=tests $(PYTHON) -m matrix.examine $(ARGS)
 
 fuzz: ready ## Fuzz what reads hostile bytes; options: make fuzz ARGS="--seconds 600 elf"
 	@$(PYTHON) tests/fuzz/run.py $(ARGS)

@@ -46,9 +46,18 @@ from pyscan.keys import KeyRing, PublicKey, SigningKey
 from pyscan.outbox import open_database
 from pyscan.records import Action
 from pyscan.transport import LinkSettings
+from pyscan.validate.rules import (
+    DEFAULT_OVERRIDES,
+    PATTERN_CHARACTERS_MAX,
+    Override,
+    Rule,
+    StateRules,
+)
+from pyscan.validate.vector import StateClass
 
 CONFIG_BYTES_MAX = 1 << 20
 PASSWORD_BYTES_MAX = 1024
+RULES_MAX = 1000  # with the built-in ones no more than pyscan.validate.rules.OVERRIDES_MAX
 #: One MQTT topic level without wildcards, readable in a log: letters, digits, . _ -
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
@@ -236,6 +245,51 @@ class SweepTable(_Table, frozen=True, kw_only=True):
                 raise ValueError(f"[sweep] {key} {value!r} is unknown; use {' or '.join(known)}")
 
 
+_DEFAULT_RULES = StateRules()
+
+
+class StateRule(_Table, frozen=True, kw_only=True):
+    """A rule for names, a `[[kernel_state.rule]]`; the first that matches is taken."""
+
+    kind: StateClass = msgspec.field(name="class")  # as the keys of the table, with hyphens
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=PATTERN_CHARACTERS_MAX)]  # pattern
+    rule: Rule
+
+    def __post_init__(self) -> None:
+        if self.kind is StateClass.UNKNOWN_MODULE:
+            raise ValueError("an unknown module is always a finding; approve its package instead")
+
+
+class KernelStateTable(_Table, frozen=True, kw_only=True):
+    """What may become of a kernel's state: a rule for each class, see `StateRules`.
+
+    Each is "pin", "allow", "report" or "forbid". For kernels that are approved by package.
+    """
+
+    features: Rule = _DEFAULT_RULES.features
+    static_key: Rule = _DEFAULT_RULES.static_key
+    static_call: Rule = _DEFAULT_RULES.static_call
+    ftrace: Rule = _DEFAULT_RULES.ftrace
+    kprobe: Rule = _DEFAULT_RULES.kprobe
+    module: Rule = _DEFAULT_RULES.module
+    bpf: Rule = _DEFAULT_RULES.bpf
+    rule: Annotated[tuple[StateRule, ...], msgspec.Meta(max_length=RULES_MAX)] = ()
+
+    def rules(self) -> StateRules:
+        """The rules that a scanner takes; the built-in ones for names come last."""
+        own = tuple(Override(rule.kind, rule.name, rule.rule) for rule in self.rule)
+        return StateRules(
+            features=self.features,
+            static_key=self.static_key,
+            static_call=self.static_call,
+            ftrace=self.ftrace,
+            kprobe=self.kprobe,
+            module=self.module,
+            bpf=self.bpf,
+            overrides=own + DEFAULT_OVERRIDES,
+        )
+
+
 class Target(_Table, frozen=True, kw_only=True):
     """One watched machine, a `[[target]]`."""
 
@@ -248,9 +302,10 @@ class Target(_Table, frozen=True, kw_only=True):
 
 
 class MonitorConfig(_Program, frozen=True, kw_only=True):
-    """`pyscan monitor`: the common tables, [sweep] and at least one [[target]]."""
+    """`pyscan monitor`: the common tables, [sweep], [kernel_state] and at least one [[target]]."""
 
     sweep: SweepTable = SweepTable()
+    kernel_state: KernelStateTable = KernelStateTable()
     target: Annotated[tuple[Target, ...], msgspec.Meta(min_length=1, max_length=1024)]
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ CHUNK_PAGES: Final = 256
 
 
 class CopiedSweep:
-    """Compares pages that `read` copies in, with two buffers that are made once.
+    """Compares pages that `read` copies in, with two buffers that are made once, when needed.
 
     A thread of its own reads a chunk while the caller's digests the one before it. For one
     caller at a time.
@@ -33,7 +33,8 @@ class CopiedSweep:
             raise ValueError(f"chunk_pages: {chunk_pages} is not at least 1")
         self._digester = digester
         self._read = read
-        self._buffers = [np.empty((chunk_pages, PAGE_SIZE), dtype=np.uint8) for _ in range(2)]
+        self._chunk_pages = chunk_pages
+        self._buffers: list[Bytes] = []
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="pyscan-reader")
 
     def compare(
@@ -66,7 +67,9 @@ class CopiedSweep:
 
     def _chunks(self, frames: Frames) -> Iterator[tuple[slice, Bytes, Bytes]]:
         """Every chunk with its pages and statuses; while one is in use the next is read."""
-        chunk_pages = len(self._buffers[0])
+        chunk_pages = self._chunk_pages
+        if not self._buffers:
+            self._buffers = [np.empty((chunk_pages, PAGE_SIZE), dtype=np.uint8) for _ in range(2)]
         parts = [
             slice(start, min(start + chunk_pages, len(frames)))
             for start in range(0, len(frames), chunk_pages)

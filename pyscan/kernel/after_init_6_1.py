@@ -282,7 +282,7 @@ _FUNCTIONS: Final = {
     "tcpv6_prot_override": 480,
     "tracefs_ops": 16,
     "x86_apic_ops": 16,
-    "x86_platform": 136,
+    "x86_platform": 184,
     "x86_return_thunk": 8,
     "xen_msi_ops": 16,
 }

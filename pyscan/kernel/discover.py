@@ -24,6 +24,7 @@ table in memory with all of these properties:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -53,6 +54,8 @@ _GIB_SHIFT: Final = 30  # the direct map starts at a multiple of a 1 GiB entry (
 _ADDRESS_MASK: Final = (1 << 64) - 1
 _NONE: Final = np.empty(0, dtype=np.uint64)
 _LAST: Final = 511
+_MM_WORDS: Final = 64  # between two members of struct mm_struct, at most
+_NAMES_MAX: Final = 256  # pointers to one table that are looked at, in each part of an image
 _IMAGE_ENTRY: Final = 510  # of level3_kernel_pgt: (KERNEL_IMAGE.first >> 30) & 511
 
 
@@ -190,12 +193,22 @@ class _Search:
             self.finalists.append((root, layout))
 
     def kernels(self) -> list[KernelImage]:
-        """The finalists that have every property of a kernel's top-level table."""
+        """The finalists that have every property of a kernel's top-level table.
+
+        Where several share one image, the others are tables of processes, alive or freed, in
+        freed parts of the image whose address happens to be stored in it (__init_begin).
+        """
         found = []
         for root, layout in self.finalists:
             with suppress(_NotAKernelError):
                 found.append(_judge(self.source, root, layout))
-        return found
+        images = Counter((kernel.virtual_base, kernel.physical_base) for kernel in found)
+        return [
+            kernel
+            for kernel in found
+            if images[kernel.virtual_base, kernel.physical_base] == 1
+            or _is_init_mm_table(self.source, kernel)
+        ]
 
 
 def _judge(source: Source, root_gpa: int, layout: PagingLayout) -> KernelImage:
@@ -301,6 +314,23 @@ def _trampoline_tables(source: Source) -> U64:
     form = LAYOUTS[4].form  # entries are the same in both formats
     present = (entries & np.uint64(form.present)) != 0
     return np.unique(entries[present] & np.uint64(form.address))
+
+
+def _is_init_mm_table(source: Source, kernel: KernelImage) -> bool:
+    """Whether the image's pointer to the table is init_mm.pgd.
+
+    In struct mm_struct (include/linux/mm_types.h) start_code follows within _MM_WORDS words,
+    and that of init_mm is _text, the first byte of the image (setup_initial_init_mm).
+    """
+    name = np.uint64(kernel.virtual_base + kernel.root_gpa - kernel.physical_base)
+    before = _NONE
+    for part in _image_words(source, kernel):
+        words = np.concatenate((before, part.reshape(-1)))
+        for place in np.flatnonzero(words == name)[:_NAMES_MAX].tolist():
+            if (words[place + 1 : place + _MM_WORDS] == np.uint64(kernel.virtual_base)).any():
+                return True
+        before = words[-_MM_WORDS:]
+    return False
 
 
 def _path(form: PagingFormat) -> tuple[int, ...]:

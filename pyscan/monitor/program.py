@@ -156,7 +156,9 @@ class _Monitor:
             vm=target.vm,
             source=target.source,
             interval_ms=sweep.interval_ms,
-            options=SweepOptions(sweep.rereads, sweep.audit_percent),
+            options=SweepOptions(
+                sweep.rereads, sweep.audit_percent, self._config.kernel_state.rules()
+            ),
         )
         return Watch(settings, [each.content for each in approved], digesters, self._publish)
 

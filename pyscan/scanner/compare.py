@@ -20,8 +20,8 @@ from pyscan.sources import Source
 
 #: Mismatching pages that a comparison lists; more than that is no transient.
 LISTED_MAX: Final = 4096
-#: Pages of one copied-in batch (1 MiB).
-CHUNK_PAGES: Final = 256
+#: Pages of one copied-in batch (256 KiB, held for each target).
+CHUNK_PAGES: Final = 64
 
 Rows = NDArray[np.intp]
 

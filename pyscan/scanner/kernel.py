@@ -164,6 +164,7 @@ class KernelScanner:
         )
         # What is legal is kept as digests: the bytes would be 30 MB for each target.
         validation.extents.clear()
+        validation.target.memory.forget()
         return self._result(boot, timer, outcome, walked=True)
 
     def _validate_settled(self, attached: Attached) -> Validation:

@@ -186,10 +186,10 @@ class Describer:
         segment = _segment_kind(placed, difference.offset)
         code = segment is SegmentKind.TEXT
         change = _change(difference, segment)
-        named = self._names.find(difference.address)
-        section = f"{named.section}, " if named is not None and named.section else ""
         show = self._code if code else self._data
-        expected, actual = show(difference)
+        address, expected, actual = show(difference)
+        named = self._names.find(address)
+        section = f"{named.section}, " if named is not None and named.section else ""
         return _Row(
             severity=Severity.CODE if code else Severity.DATA,
             change=change,
@@ -238,8 +238,8 @@ class Describer:
             actual=change.after or "absent",
         )
 
-    def _code(self, difference: Difference) -> tuple[str, str]:
-        """Expected and actual instructions, from the start of the first that differs."""
+    def _code(self, difference: Difference) -> tuple[int, str, str]:
+        """Address of the first instruction that differs; expected and actual ones from there."""
         placed = self._units[difference.unit]
         named = self._names.find(difference.address)
         distance = named.distance if named is not None and named.symbol else 0
@@ -250,24 +250,25 @@ class Describer:
         start = instruction_start(code, distance)
         window = bytearray(code[start:])
         at, last = distance - start, distance - start + len(difference.expected)
+        address = placed.address + first + start
         texts = []
         for content in (difference.expected, difference.actual):
             window[at:last] = content
-            address = placed.address + first + start
             texts.append(self._instructions(bytes(window), address, last))
-        return texts[0], texts[1]
+        return address, texts[0], texts[1]
 
     def _instructions(self, code: bytes, address: int, length: int) -> str:
         text, size = disassemble(code, address, length, self._name)
         return f"{_hex(code[: max(size, 1)])} | {text}"
 
-    def _data(self, difference: Difference) -> tuple[str, str]:
-        """Expected and actual bytes; for one pointer, the whole word and where it leads."""
+    def _data(self, difference: Difference) -> tuple[int, str, str]:
+        """Address, expected and actual bytes; of a pointer the whole word, and where it leads."""
         placed = self._units[difference.unit]
         word = difference.offset // _WORD * _WORD
         at = difference.offset - word
+        plain = difference.address, _hex(difference.expected), _hex(difference.actual)
         if at + len(difference.expected) > _WORD:
-            return _hex(difference.expected), _hex(difference.actual)
+            return plain
         data = bytearray(placed.relocated(word, word + _WORD)[0].tobytes())
         words = []
         for content in (difference.expected, difference.actual):
@@ -275,16 +276,22 @@ class Describer:
             words.append(int.from_bytes(data, "little"))
         names = [self._name(value) or self._pointer(value) for value in words]
         if not any(names):
-            return _hex(difference.expected), _hex(difference.actual)
-        texts = [
-            f"{_hex(value.to_bytes(_WORD, 'little'))} | {name or 'no address'}"
-            for value, name in zip(words, names, strict=True)
-        ]
-        return texts[0], texts[1]
+            return plain
+        texts = []
+        for value, name in zip(words, names, strict=True):
+            meaning = name or ("no address" if value else "null")
+            texts.append(f"{_hex(value.to_bytes(_WORD, 'little'))} | {meaning}")
+        return difference.address - at, texts[0], texts[1]
 
     def _name(self, address: int) -> str | None:
+        """Name of an address in a unit, or in a module of no approved package."""
         found = self._names.find(address)
-        return None if found is None else str(found)
+        if found is not None:
+            return str(found)
+        for module in self._target.modules:
+            if module.base <= address < module.base + module.size:
+                return f"{module.name}:+{address - module.base:#x}"
+        return None
 
     def _pointer(self, value: int) -> str:
         """What to call an address that lies in no unit."""
@@ -308,7 +315,7 @@ def _change(difference: Difference, segment: SegmentKind | None) -> str:
     if segment is SegmentKind.RODATA:
         return "read-only data"
     if segment is SegmentKind.RO_AFTER_INIT:
-        return "read-only data, set at boot"
+        return "data read-only after boot"
     if difference.site:
         return _SITES.get(difference.site, difference.site)
     return "kernel code" if difference.unit == VMLINUX else "module code"

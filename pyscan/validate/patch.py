@@ -214,8 +214,8 @@ def _replacement(placed: Placed, replacements: Window, row: np.void) -> bytes:
         target = _target(code, origin)
         short = target - place - 2
         # recompute_jump(): only forwards, and only where the short form reaches.
-        if 0 <= short <= 127 and target >= place:
-            code = bytes([JMP8, short]) + NOPS[2]
+        if target >= place and short <= 127:
+            code = bytes([JMP8, short & 0xFF]) + NOPS[2]
         else:
             code = branch(JMP32, place, target)
     return code + NOPS[0] * (length - len(code))

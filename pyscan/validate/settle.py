@@ -28,12 +28,12 @@ from pyscan.validate.reader import KeyReader, read_state
 from pyscan.validate.state import PatchState
 from pyscan.validate.validation import Validation, allowed_of
 
-#: How often a page that differs is read again, at least.
-REREADS: Final = 8
+#: How often a page that differs in a way that no patching explains is read again.
+REREADS: Final = 3
 #: How long what is legal under another state may take to agree with the state. Switching the
 #: function tracer under emulation patches 35,000 places in two to three seconds.
 SETTLE_S: Final = 10.0
-_PAUSE_S: Final = 0.002
+_PAUSE_S: Final = 0.001
 _PAUSE_MAX_S: Final = 0.2
 #: Pages that are followed; more than that is no patching in progress of any kernel that
 #: would settle in time. (The tracer's are settled by their targets, not by waiting.)
@@ -108,7 +108,7 @@ def settle(validation: Validation, pages: Iterable[Page]) -> Settled:
             break
         if waiting:
             time.sleep(pause)
-            pause = min(2 * pause, _PAUSE_MAX_S)
+            pause = min(2 * pause, _PAUSE_MAX_S) if patient else _PAUSE_S
     return Settled(
         tuple(found.differences), found.total if waiting else 0, legal, len(waiting),
         frozenset(unreadable), reads, last,

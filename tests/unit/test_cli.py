@@ -235,7 +235,7 @@ def test_scan_of_an_untouched_target_in_json(
         "verdict": "approved",
         "reason": "all 1024 pages are as approved",
         "source": target.uri,
-        "approved": str(approved),
+        "approved": [str(approved)],
         "pages": {
             "watched": 1024,
             "ok": 1024,

@@ -20,6 +20,8 @@ from pyscan.config import (
 from pyscan.errors import ConfigError, ExitStatus
 from pyscan.keys import SigningKey
 from pyscan.records import Action
+from pyscan.validate.rules import Rule, StateRules
+from pyscan.validate.vector import StateClass
 
 COMMON = """\
 [identity]
@@ -77,6 +79,20 @@ approvers = [
 
 [sweep]
 interval_ms = 250
+
+[kernel_state]
+ftrace = "forbid"
+static_key = "report"
+
+[[kernel_state.rule]]
+class = "kprobe"
+name = "vfs_*"
+rule = "allow"
+
+[[kernel_state.rule]]
+class = "static-key"
+name = "ext4:*"
+rule = "pin"
 
 [[target]]
 name = "web-1"
@@ -141,8 +157,27 @@ def test_monitor(folder: Path) -> None:
     config = load_monitor(write(folder, MONITOR))
     assert isinstance(config, MonitorConfig)
     assert config.sweep.interval_ms == 250
-    assert config.target[0].approved == folder / "web-1.approved"
+    assert config.target[0].approved == (folder / "web-1.approved",)
     assert len(config.trust.approvers) == 1
+
+
+def test_several_approved_configurations(folder: Path) -> None:
+    text = MONITOR.replace('"web-1.approved"', '["web-1.approved", "web-1.approved"]')
+    config = load_monitor(write(folder, text))
+    assert config.target[0].approved == (folder / "web-1.approved",) * 2
+    with pytest.raises(ConfigError, match="approved"):
+        load_monitor(write(folder, MONITOR.replace('"web-1.approved"', "[]")))
+
+
+def test_rules_for_the_state_of_a_kernel(folder: Path) -> None:
+    rules = load_monitor(write(folder, MONITOR)).kernel_state.rules()
+    assert (rules.ftrace, rules.static_key, rules.bpf) == (Rule.FORBID, Rule.REPORT, Rule.REPORT)
+    assert rules.rule_for(StateClass.KPROBE, "vfs_read") is Rule.ALLOW
+    assert rules.rule_for(StateClass.KPROBE, "do_exit") is Rule.REPORT
+    assert rules.rule_for(StateClass.STATIC_KEY, "ext4:key") is Rule.PIN
+    assert rules.rule_for(StateClass.FEATURES, "uniprocessor") is Rule.REPORT
+    plain = MONITOR[: MONITOR.index("[kernel_state]")] + MONITOR[MONITOR.index("[[target]]") :]
+    assert load_monitor(write(folder, plain)).kernel_state.rules() == StateRules()
 
 
 Load = Callable[[Path], object]
@@ -189,6 +224,26 @@ BAD: list[Bad] = [
     (load_monitor, MONITOR, "interval_ms = 250", 'backend = "md5"', 'backend = "md5"', "numba"),
     (load_monitor, MONITOR, '"web-1.approved"', '"none"', 'approved = "none"', "no readable"),
     (load_monitor, MONITOR, '    "peer.pub",\n', "", "approvers", "approvers is empty"),
+    (load_monitor, MONITOR, '"forbid"', '"deny"', 'ftrace = "deny"', "Invalid enum value 'deny'"),
+    (load_monitor, MONITOR, 'ftrace = "forbid"', 'tracer = "pin"', 'tracer = "pin"', "unknown"),
+    (load_monitor, MONITOR, '"vfs_*"', '""', 'name = ""', "length >= 1"),
+    (load_monitor, MONITOR, '"kprobe"', '"probe"', 'class = "probe"', "'probe'"),
+    (
+        load_monitor,
+        MONITOR,
+        'rule = "pin"',
+        "",
+        '[[kernel_state.rule]]\nclass = "static-key"',
+        "field `rule`",
+    ),
+    (
+        load_monitor,
+        MONITOR,
+        '"kprobe"',
+        '"unknown-module"',
+        "[[kernel_state.rule]]",
+        "always a finding",
+    ),
 ]
 
 

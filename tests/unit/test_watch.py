@@ -25,6 +25,7 @@ from pyscan.errors import UsageError
 from pyscan.monitor import watch
 from pyscan.monitor.watch import Digesters, Judgement, Watch, WatchSettings
 from pyscan.records import FindingKind, Verdict, VerdictState
+from pyscan.scanner import SweepOptions
 from pyscan.sources import View, build_uri
 from pyscan.sources.file import FileSource
 
@@ -53,12 +54,13 @@ class Observed:
     """A running watch and what it published."""
 
     def __init__(self, target: Target, uri: str = "", *, rereads: int = 2) -> None:
-        settings = WatchSettings("card-1", "web-1", "host-1", "vm-1", uri or target.uri, 2, rereads)
+        options = SweepOptions(rereads)
+        settings = WatchSettings("card-1", "web-1", "host-1", "vm-1", uri or target.uri, 2, options)
         self.queue: asyncio.Queue[Judgement] = asyncio.Queue()
         self._key = DigestKey.generate("nh4aes")
         keyed = open_digester("native", "nh4aes", self._key)
         digesters = Digesters(open_digester(), keyed)
-        self.watch = Watch(settings, target.enrol(), digesters, self.queue.put)
+        self.watch = Watch(settings, [target.enrol()], digesters, self.queue.put)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Observed]:
