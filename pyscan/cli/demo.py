@@ -37,6 +37,13 @@ def add(commands: Commands) -> None:
         "the guest, or a byte written through the RAM file from outside (text)",
     )
     parser.add_argument(
+        "--approve",
+        choices=("snapshot", "package"),
+        default="snapshot",
+        help="what the guest is held against: a snapshot of itself, or its kernel's package alone; "
+        "package needs --tamper external (snapshot)",
+    )
+    parser.add_argument(
         "--machine", choices=("q35", "pc"), default="q35", help="QEMU machine type (q35)"
     )
     parser.add_argument(
@@ -62,6 +69,7 @@ def run(options: argparse.Namespace) -> ExitStatus:
         DemoOptions(
             action=Action(options.action),
             tamper=options.tamper,
+            approve=options.approve,
             machine=Machine(options.machine),
             memory_mib=options.memory,
             accelerator=Accelerator(options.accel),

@@ -45,6 +45,9 @@ STEP_TIMEOUT_S: Final = 30.0
 #: How long the untouched guest is watched before it is tampered with.
 QUIET_SWEEPS: Final = 20
 EXTERNAL: Final = "external"
+PACKAGE: Final = "package"
+#: Lines of `pyscan approve linux` that the demonstration shows.
+COMPILED_SHOWN: Final = ("approved", "release", "units", "protected", "patch sites")
 TERMINAL_STATES: Final = (ReportState.SUCCEEDED, ReportState.FAILED, ReportState.REJECTED)
 DONE_WORDS: Final = {"freeze": "frozen", "kill": "gone"}
 
@@ -55,6 +58,7 @@ class DemoOptions:
 
     action: Action
     tamper: str  # a TamperKind, or EXTERNAL
+    approve: str  # "snapshot" or "package"
     machine: Machine
     memory_mib: int
     accelerator: Accelerator
@@ -100,6 +104,11 @@ def run_demo(options: DemoOptions) -> ExitStatus:
     """Tell the whole story; exit status 0 only if all of it happened and was verified."""
     if options.keep is not None and options.keep.exists() and any(options.keep.iterdir()):
         raise UsageError(f"{options.keep} is not empty; choose a new directory for the evidence")
+    if options.approve == PACKAGE and options.tamper != EXTERNAL:
+        raise UsageError(
+            "--approve package goes with --tamper external: the module that would tamper is in no "
+            "package, and found before it does anything"
+        )
     started = time.monotonic()
     steps = _Steps(render.console(stderr=options.json))
     with unwind_on(signal.SIGINT, signal.SIGTERM):
@@ -157,10 +166,7 @@ class _Story:
             directory = run.path / "appliance"
             directory.mkdir()
             appliance = stack.enter_context(Appliance(directory, broker, wiring))
-            with steps.step(
-                "enrol the guest: find its kernel in memory, digest it, sign"
-            ) as details:
-                details.extend(appliance.enrol())
+            self._approve(appliance)
             observer = stack.enter_context(self._observer(appliance, broker, guest))
             with steps.step(
                 "start monitor, control and agent; watch the untouched guest"
@@ -182,6 +188,21 @@ class _Story:
                 checks["evidence is closed and verified"] = True
             told = _Told(source, boot_s, coverage, tampering, answer, checks)
             return _document(self._options, told)
+
+    def _approve(self, appliance: Appliance) -> None:
+        """Make the approved configuration, of the guest or of its kernel's package."""
+        if self._options.approve == PACKAGE:
+            (package,) = self._options.guest_dir.glob("linux-image-*.deb")
+            with self._steps.step(
+                "compile the kernel's package; the guest is not asked"
+            ) as details:
+                output = appliance.compile(package)
+                details.extend(line for line in output if line.startswith(COMPILED_SHOWN))
+            return
+        with self._steps.step(
+            "enrol the guest: find its kernel in memory, digest it, sign"
+        ) as details:
+            details.extend(appliance.enrol())
 
     def _guest_options(self) -> GuestOptions:
         options = self._options

@@ -13,7 +13,7 @@ from typing import Final
 
 from pyscan.errors import PackageError
 from pyscan.kernel import after_init_6_1
-from pyscan.kernel.after_init import AfterInit
+from pyscan.kernel.after_init import Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,15 +22,14 @@ class Series:
 
     `module_ro_after_init`: sections of a module that are protected after its init only
     (kernel/module/main.c). `after_init`: variables of vmlinux that the boot sets and that are
-    read-only afterwards, with what becomes of them and their length in bytes (0: up to the
-    next symbol).
+    read-only afterwards, with what becomes of them.
     """
 
     name: str
     alternative_bytes: int  # sizeof(struct alt_instr), arch/x86/include/asm/alternative.h
     paravirt_bytes: int  # sizeof(struct paravirt_patch_site)
     module_ro_after_init: frozenset[str]
-    after_init: Mapping[str, tuple[AfterInit, int]]
+    after_init: Mapping[str, tuple[Part, ...]]
 
 
 SERIES: Final = {

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyscan.errors import ApprovedFileError
-from pyscan.kernel.after_init import AfterInit
+from pyscan.kernel.after_init import AfterInit, Part
 from pyscan.kernel.series import SERIES
+from pyscan.records import PAGE_SIZE
 from pyscan.translate import EXECUTABLE, WRITABLE
 from pyscan.validate.context import Target
 from pyscan.validate.placed import Placed
@@ -39,7 +40,7 @@ _KEY_FLAGS: Final = 3
 _MODULE_SECTION: Final = ".data..ro_after_init"
 _UNLISTED: Final = -1
 _KINDS: Final = tuple(AfterInit)
-_TYPED: Final = frozenset({AfterInit.STATIC_KEY, AfterInit.HOOKS})
+_TYPED: Final = frozenset(_KINDS) - {AfterInit.VALUE, AfterInit.FUNCTIONS, AfterInit.VDSO}
 
 
 @dataclass(slots=True)
@@ -47,8 +48,8 @@ class AfterInitResult:
     """Bytes of data that is read-only after init, by what is known of them."""
 
     verified: int = 0  # as the package implies
-    typed: int = 0  # functions, keys and hooks that may be there
-    unverified: int = 0  # numbers and addresses that only the boot knows
+    typed: int = 0  # addresses, of a kind that may be there
+    unverified: int = 0  # numbers that only the boot knows
 
     @property
     def bytes(self) -> int:
@@ -132,11 +133,11 @@ class AfterInitComparer:
             ]
         else:
             for name, offset in self._target.names.ending("", start, end):
-                if name in self._listed:
-                    kind, length = self._listed[name]
-                    last = self._target.names.end(offset) or end
-                    last = min(last, offset + length) if length else last
-                    rows.append((offset, min(last, end), _KINDS.index(kind)))
+                last = min(self._target.names.end(offset) or end, end)
+                for part in self._listed.get(name, ()):
+                    first = offset + part.offset
+                    behind = min(last, first + part.length) if part.length else last
+                    rows.append((first, behind, _KINDS.index(part.kind)))
         column = np.array(sorted(set(rows)), dtype=np.int64).reshape(-1, 3)
         return _Listed(column[:, 0], column[:, 1], column[:, 2].astype(np.int8))
 
@@ -153,11 +154,13 @@ class AfterInitComparer:
         code = flagged(self._target, values, EXECUTABLE)
         null = values == 0
         pointers = np.isin(words, self._placed.unit.relocations64["offset"])
+        memory = self._in_kernel(values) & ~code
         data = self._in_image(values) & ~code
         allowed = {
             AfterInit.VALUE: ~code & ~pointers,
-            AfterInit.REPLACED: ~code,
-            AfterInit.OBJECT: null | data | (~code & ~pointers & ~self._in_kernel(values)),
+            AfterInit.POINTER: (null | (memory & (values % _WORD == 0))) & ~pointers,
+            AfterInit.PER_CPU: null | (memory & (values % PAGE_SIZE == 0)),
+            AfterInit.OBJECT: null | data,
             AfterInit.FUNCTIONS: np.where(
                 code, self._target.are_functions(values), null | ~pointers
             ),
@@ -204,7 +207,7 @@ class AfterInitComparer:
             return found
         names = self._target.names
         for name, offset in names.ending("", start, start + len(actual)):
-            if self._listed.get(name, (None, 0))[0] is not AfterInit.VDSO:
+            if not any(part.kind is AfterInit.VDSO for part in self._listed.get(name, ())):
                 continue
             end = min(names.end(offset) or offset, start + len(actual))
             data = self._placed.unit.image[offset:end].tobytes()
@@ -214,7 +217,7 @@ class AfterInitComparer:
         return found
 
 
-def _listed(name: str) -> Mapping[str, tuple[AfterInit, int]]:
+def _listed(name: str) -> Mapping[str, tuple[Part, ...]]:
     series = SERIES.get(name)
     if series is None:
         raise ApprovedFileError(
