@@ -118,6 +118,10 @@ class KernelNotFound(TargetUnavailable):
     """No kernel, or no single kernel, could be found in the target's memory."""
 
 
+class KernelStarting(TargetUnavailable):
+    """The kernel is not up yet; what it holds says nothing before it has protected itself."""
+
+
 class TransportError(PyscanError):
     """The broker is down, refuses, or lost the connection."""
 

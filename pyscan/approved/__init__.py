@@ -6,7 +6,7 @@
 """
 
 from pyscan.approved.container import save_linux
-from pyscan.approved.file import load_approved, load_snapshot, save_approved
+from pyscan.approved.file import load_approved, save_approved
 from pyscan.approved.linux import LinuxApproved
 from pyscan.approved.snapshot import Snapshot, enrol
 
@@ -15,7 +15,6 @@ __all__ = [
     "Snapshot",
     "enrol",
     "load_approved",
-    "load_snapshot",
     "save_approved",
     "save_linux",
 ]

@@ -13,7 +13,7 @@ from pyscan.approved.container import MAGIC, load_linux
 from pyscan.approved.envelope import reading, replacing, seal, unseal
 from pyscan.approved.linux import LinuxApproved
 from pyscan.approved.snapshot import Snapshot
-from pyscan.errors import ApprovedFileError, UsageError
+from pyscan.errors import ApprovedFileError
 from pyscan.keys import KeyRing, SigningKey
 
 #: Of a file that is one message.
@@ -49,14 +49,3 @@ def load_approved(path: Path, ring: KeyRing) -> tuple[Snapshot | LinuxApproved, 
         return Snapshot.from_payload(payload), approver
     except ApprovedFileError as error:
         raise ApprovedFileError(f"{path}: {error}") from error
-
-
-def load_snapshot(path: Path, ring: KeyRing) -> tuple[Snapshot, str]:
-    """As `load_approved`, where only a snapshot will do. Raises UsageError for other kinds."""
-    approved, approver = load_approved(path, ring)
-    if not isinstance(approved, Snapshot):
-        raise UsageError(
-            f"{path}: an approved configuration of kind linux ({approved.release}), which cannot "
-            "be used here; enrol the target with `pyscan approve snapshot`"
-        )
-    return approved, approver

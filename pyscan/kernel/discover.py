@@ -24,7 +24,6 @@ table in memory with all of these properties:
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -202,13 +201,14 @@ class _Search:
         for root, layout in self.finalists:
             with suppress(_NotAKernelError):
                 found.append(_judge(self.source, root, layout))
-        images = Counter((kernel.virtual_base, kernel.physical_base) for kernel in found)
-        return [
-            kernel
-            for kernel in found
-            if images[kernel.virtual_base, kernel.physical_base] == 1
-            or _is_init_mm_table(self.source, kernel)
-        ]
+        images: dict[tuple[int, int], list[KernelImage]] = {}
+        for kernel in found:
+            images.setdefault((kernel.virtual_base, kernel.physical_base), []).append(kernel)
+        kept = []
+        for same in images.values():
+            own = same if len(same) == 1 else [k for k in same if _is_init_mm(self.source, k)]
+            kept += own or same
+        return kept
 
 
 def _judge(source: Source, root_gpa: int, layout: PagingLayout) -> KernelImage:
@@ -316,7 +316,7 @@ def _trampoline_tables(source: Source) -> U64:
     return np.unique(entries[present] & np.uint64(form.address))
 
 
-def _is_init_mm_table(source: Source, kernel: KernelImage) -> bool:
+def _is_init_mm(source: Source, kernel: KernelImage) -> bool:
     """Whether the image's pointer to the table is init_mm.pgd.
 
     In struct mm_struct (include/linux/mm_types.h) start_code follows within _MM_WORDS words,

@@ -12,13 +12,19 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
 from pyscan.approved import LinuxApproved, Snapshot
 from pyscan.digest import Digester
-from pyscan.errors import FileFormatError, SourceUnavailable, TargetUnavailable, UsageError
+from pyscan.errors import (
+    FileFormatError,
+    KernelStarting,
+    SourceUnavailable,
+    TargetUnavailable,
+    UsageError,
+)
 from pyscan.ids import new_id
 from pyscan.policy import judge
 from pyscan.records import Finding, FindingKind, PageStatus, Sweep, Verdict, VerdictState
@@ -42,6 +48,9 @@ CHANGES_MAX: Final = 16
 CHANGES_WINDOW_S: Final = 60.0
 #: Changes of a kernel's state that are logged at a time.
 STATE_LOGGED_MAX: Final = 32
+#: So long a kernel may say that it is still starting. Then it is judged like any other: who
+#: can write all of its memory can make it say so for ever.
+STARTING_MAX_S: Final = 600.0
 #: Pause before an unreachable target is tried again.
 RETRY_S: Final = 1.0
 
@@ -109,6 +118,7 @@ class Watch:
         self._changes: deque[float] = deque(maxlen=CHANGES_MAX)
         self._walked_at = float("-inf")
         self._opened = False
+        self._starting_since: float | None = None
         self.counters = WatchCounters()
 
     @property
@@ -129,6 +139,8 @@ class Watch:
                 finally:
                     source.close()
             except TargetUnavailable as error:
+                if isinstance(error, KernelStarting) and self._starting_since is None:
+                    self._starting_since = time.monotonic()
                 await self._judge(self._lost(str(error)))
             await asyncio.sleep(RETRY_S)
 
@@ -155,9 +167,13 @@ class Watch:
             self._digesters.exact,
             target=self._settings.target,
             keyed=self._digesters.keyed,
-            options=self._settings.options,
+            options=replace(self._settings.options, judge_starting=self._started_long_ago()),
         ) as scanner:
             await self._sweep_with(scanner)
+
+    def _started_long_ago(self) -> bool:
+        since = self._starting_since
+        return since is not None and time.monotonic() - since >= STARTING_MAX_S
 
     async def _sweep_with(self, scanner: Sweeper) -> None:
         interval_s = self._settings.interval_ms / 1e3
@@ -170,6 +186,8 @@ class Watch:
             if result.walked_tables:
                 self._walked_at = started
             self._pages = result.sweep.watched
+            if self.counters.state is VerdictState.APPROVED:
+                self._starting_since = None
             self._count(result.sweep)
             self._tell(scanner)
             await self._judge(result)

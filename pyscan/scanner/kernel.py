@@ -3,7 +3,8 @@
 The kernel is validated strictly once a boot; from then on its pages are swept by digests of
 what they may hold. A page that differs is predicted anew under the state of that moment:
 legal content is taken over, anything else is a finding. A change of the page tables, of the
-list of modules or of anything else beyond pages leads to a strict validation of everything.
+list of modules or of anything else beyond pages leads to a strict validation of everything;
+what that has found stays a finding of every sweep until another one finds it gone.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from numpy.typing import NDArray
 
 from pyscan.approved import LinuxApproved, Snapshot
 from pyscan.digest import Comparison, Digester
-from pyscan.errors import SourceUnavailable
+from pyscan.errors import KernelStarting, SourceUnavailable
 from pyscan.ids import new_id
+from pyscan.kernel import KernelImage
 from pyscan.records import PAGE_SIZE, Finding, FindingKind, PageStatus, Sweep
 from pyscan.scanner.compare import BaselineComparer, Comparer, ExactComparer
 from pyscan.scanner.mapping import FINDINGS_MAX, check_mapping
@@ -28,6 +30,7 @@ from pyscan.sources import Source
 from pyscan.validate import (
     AccessFailed,
     Attached,
+    Judged,
     Page,
     Settled,
     StateChange,
@@ -38,8 +41,9 @@ from pyscan.validate import (
     baseline,
     count_findings,
     findings,
+    is_starting,
     judge_state,
-    pages_of,
+    recheck,
     settle,
     state_vector,
     take_over,
@@ -49,6 +53,14 @@ from pyscan.validate import (
 #: Validations in a row that must agree before what they find is believed: the first one may
 #: have read half of an update.
 _TRIES: Final = 3
+#: Pages of text that differ when it is not for an attack alone to say why: a reset machine
+#: loads its next kernel over this one.
+RAVAGED_PAGES: Final = 32
+#: So long they must be the same ones' number before they are believed to be an attack; and
+#: so long is waited for that.
+RAVAGED_S: Final = 2.0
+RAVAGED_MAX_S: Final = 20.0
+_PAUSE_S: Final = 0.25
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,8 +76,9 @@ class KernelReport:
 class KernelScanner:
     """Sweeps one target against the approved configurations of kernels. Not thread-safe.
 
-    Of `candidates` the one that fits the running kernel is chosen at every attach. Digesters
-    and the other arguments are those of `Scanner`.
+    Of `candidates` the one that fits the running kernel is chosen at every attach. A kernel
+    that is still starting is judged only with `judge_starting`. Digesters and the other
+    arguments are those of `Scanner`.
     """
 
     def __init__(
@@ -78,6 +91,7 @@ class KernelScanner:
         rules: StateRules,
         keyed: Digester | None = None,
         audit_percent: float = 1.0,
+        judge_starting: bool = False,
     ) -> None:
         self._source = source
         self._candidates = tuple(candidates)
@@ -86,9 +100,10 @@ class KernelScanner:
         self._audit_percent = audit_percent
         self._target = target
         self._rules = rules
+        self._judge_starting = judge_starting
         self._number = 0
         self._boot: _Boot | None = None
-        self._pinned: StateVector | None = None
+        self._pinned: tuple[KernelImage, StateVector] | None = None
 
     @property
     def report(self) -> KernelReport | None:
@@ -111,7 +126,7 @@ class KernelScanner:
         """One pass; the first one attaches and validates.
 
         Raises TargetUnavailable: out of reach, or no kernel that an approved configuration
-        fits.
+        fits; KernelStarting when it is not up yet.
         """
         self._number += 1
         self._source.regions()  # raises when the way to the target is gone
@@ -123,27 +138,29 @@ class KernelScanner:
         if walk_tables and self._beyond_pages_changed(boot, timer.sweep_id):
             return self._validate_all(timer)
         if not len(comparison.indices):
-            return self._result(boot, timer, _Outcome(ok=comparison.ok), walked=walk_tables)
+            return self._result(boot, timer, boot.unchanged(timer, comparison), walked=walk_tables)
         return self._settle(boot, timer, comparison, walked=walk_tables)
 
     def _beyond_pages_changed(self, boot: _Boot, sweep_id: str) -> bool:
-        """Whether page tables lead elsewhere, or executable pages came or went."""
+        """Whether page tables lead elsewhere, or lists, tables and handlers changed."""
         mapping = check_mapping(sweep_id, boot.snapshot, self._source)
-        return bool(mapping.findings) or mapping.unlisted_executable != boot.unlisted
+        if mapping.findings or mapping.unlisted_executable != boot.unlisted:
+            return True
+        return recheck(boot.report.validation)
 
     def _validate_all(self, timer: _Timer) -> SweepResult:
         """Attach anew, validate everything, and start a baseline of what is legal."""
-        known = self._boot.report.validation.attached.kernel if self._boot is not None else None
+        before = self._boot
+        known = before.report.validation.attached.kernel if before is not None else None
         self.close()
-        attached = attach(self._source, self._candidates, known)
-        validation = self._validate_settled(attached)
-        bad = validation.text.pages | validation.rodata.code.pages
+        validation, bad = self._validate_settled(self._attach(known))
+        if bad > RAVAGED_PAGES and not (before is not None and before.ravaged):
+            validation, bad = self._outwait_reset(validation, bad)
+        attached = validation.attached
         snapshot = baseline(validation, self._digester, time.time_ns())
         unreadable = sum(int((e.statuses != PageStatus.OK).sum()) for e in validation.extents)
         vector = state_vector(validation)
-        if known != attached.kernel or self._pinned is None:
-            self._pinned = vector
-        judged = judge_state(self._rules, self._pinned, vector)
+        judged = judge_state(self._rules, self._pin(attached.kernel, vector), vector)
         mapping = check_mapping(timer.sweep_id, snapshot, self._source)
         boot = _Boot(
             snapshot,
@@ -151,12 +168,14 @@ class KernelScanner:
             KernelReport(attached.approved, validation, vector, judged.reports),
             mapping.unlisted_executable,
             _rows_of(validation, snapshot),
+            judged,
+            ravaged=bad > RAVAGED_PAGES,
         )
         self._boot = boot
         found = findings(validation, timer.sweep_id, judged)
         outcome = _Outcome(
-            ok=max(0, snapshot.pages - len(bad) - unreadable),
-            mismatched=min(len(bad), snapshot.pages - unreadable),
+            ok=max(0, snapshot.pages - bad - unreadable),
+            mismatched=min(bad, snapshot.pages - unreadable),
             unreadable=unreadable,
             findings=found,
             findings_total=count_findings(validation, judged),
@@ -167,23 +186,65 @@ class KernelScanner:
         validation.target.memory.forget()
         return self._result(boot, timer, outcome, walked=True)
 
-    def _validate_settled(self, attached: Attached) -> Validation:
-        """Validate until what is found stays. Raises SourceUnavailable."""
+    def _pin(self, kernel: KernelImage, vector: StateVector) -> StateVector:
+        """The state that this boot was first seen in.
+
+        It outlives a validation that fails: who hides for a moment must not be looked at with
+        fresh eyes.
+        """
+        if self._pinned is None or self._pinned[0] != kernel:
+            self._pinned = (kernel, vector)
+        return self._pinned[1]
+
+    def _attach(self, known: KernelImage | None) -> Attached:
+        """Find the kernel, first where it was. Raises KernelNotFound, KernelStarting."""
+        attached = attach(self._source, self._candidates, known)
+        if not self._judge_starting and is_starting(attached):
+            raise KernelStarting(
+                f"{self._source.uri}: the kernel is still starting; sweep again when it is up"
+            )
+        return attached
+
+    def _outwait_reset(self, validation: Validation, bad: int) -> tuple[Validation, int]:
+        """Validate until it is clear whether this kernel is tampered with, or history.
+
+        It is history when another one is found, or none: raises KernelNotFound,
+        KernelStarting.
+        """
+        started = since = time.monotonic()
+        while bad > RAVAGED_PAGES and time.monotonic() - started < RAVAGED_MAX_S:
+            time.sleep(_PAUSE_S)
+            before = bad
+            validation, bad = self._validate_settled(self._attach(None))
+            if bad != before:
+                since = time.monotonic()
+            elif time.monotonic() - since >= RAVAGED_S:
+                break
+        return validation, bad
+
+    def _validate_settled(self, attached: Attached) -> tuple[Validation, int]:
+        """Validate until what is found stays; also the number of pages that differ.
+
+        Raises SourceUnavailable.
+        """
         try:
             validation = validate(attached)
             for _ in range(_TRIES):
                 if not validation.lasting():
                     break
                 before = validation.lasting()
-                attached = attach(self._source, self._candidates, attached.kernel)
+                attached = self._attach(attached.kernel)
                 validation = validate(attached)
                 if validation.lasting() == before:
                     break
+            bad = 0
             if validation.text.pages:
-                take_over(validation, settle(validation, validation.text.pages))
+                settled = settle(validation, validation.text.pages)
+                take_over(validation, settled)
+                bad = settled.pages_differing
         except AccessFailed as error:
             raise self._unreadable_state(error) from error
-        return validation
+        return validation, bad + len(validation.rodata.code.pages)
 
     def _comparer(self, snapshot: Snapshot) -> Comparer:
         if self._keyed is None:
@@ -210,15 +271,17 @@ class KernelScanner:
             settled = settle(validation, pages.values())
         except AccessFailed as error:
             raise self._unreadable_state(error) from error
+        bad, lost = settled.pages_differing, len(settled.unreadable)
+        if bad > RAVAGED_PAGES and not boot.ravaged:
+            return self._validate_all(timer)
         take_over(validation, settled)
         boot.take_over(settled, pages, self._digester)
         vector = state_vector(validation)
-        judged = judge_state(self._rules, self._pinned or vector, vector)
+        pinned = self._pin(validation.attached.kernel, vector)
+        boot.judged = judged = judge_state(self._rules, pinned, vector)
         boot.report = replace(boot.report, vector=vector, reports=judged.reports)
         found = findings(validation, timer.sweep_id, judged)
         unread = boot.unread(timer.sweep_id, comparison)
-        bad = len(pages_of(settled.differences))
-        lost = len(settled.unreadable)
         outcome = _Outcome(
             ok=comparison.ok + len(pages) - bad - lost,
             mismatched=bad,
@@ -275,7 +338,8 @@ class _Boot:
     """One boot of the target: its baseline, and what is known of its kernel.
 
     `rows` (n,): for each row of the snapshot (index of the unit, offset of the page), with
-    unit -1 for a page that is no text.
+    unit -1 for a page that is no text. `judged`: what the rules make of the last state.
+    `ravaged`: so many pages differ that it was waited whether they are those of a reset.
     """
 
     snapshot: Snapshot
@@ -283,6 +347,19 @@ class _Boot:
     report: KernelReport
     unlisted: int | None
     rows: NDArray[np.int64]
+    judged: Judged
+    ravaged: bool
+
+    def unchanged(self, timer: _Timer, comparison: Comparison) -> _Outcome:
+        """Every page is as it may be; what was found beyond pages is there still."""
+        validation = self.report.validation
+        validation.text.differences, validation.text.total = [], 0
+        validation.text.pages = set()
+        return _Outcome(
+            ok=comparison.ok,
+            findings=findings(validation, timer.sweep_id, self.judged),
+            findings_total=count_findings(validation, self.judged),
+        )
 
     def text_pages(self, rows: NDArray[np.intp]) -> dict[int, Page] | None:
         """Pages of text by their row; None when a row is another kind of page."""

@@ -35,11 +35,12 @@ class Sweeper(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SweepOptions:
-    """How to sweep. `rules` are for kernels that are known by their package."""
+    """How to sweep. `rules` and `judge_starting` are for kernels known by their package."""
 
     rereads: int = 3
     audit_percent: float = 1.0
     rules: StateRules = field(default_factory=StateRules)
+    judge_starting: bool = False  # whether a kernel that says it is starting is judged
 
 
 def check_approved(approved: Sequence[Snapshot | LinuxApproved]) -> None:
@@ -85,4 +86,5 @@ def open_scanner(
         rules=options.rules,
         keyed=keyed,
         audit_percent=options.audit_percent,
+        judge_starting=options.judge_starting,
     )

@@ -13,8 +13,10 @@ from pyscan.validate.baseline import baseline
 from pyscan.validate.code import Difference
 from pyscan.validate.describe import count_findings, findings
 from pyscan.validate.memory import AccessFailed
+from pyscan.validate.recheck import recheck
 from pyscan.validate.rules import Judged, StateFinding, StateRules, judge_state
 from pyscan.validate.settle import Page, Settled, pages_of, settle, take_over
+from pyscan.validate.starting import is_starting
 from pyscan.validate.validation import Validation, validate
 from pyscan.validate.vector import StateChange, StateVector, state_vector
 
@@ -34,8 +36,10 @@ __all__ = [
     "baseline",
     "count_findings",
     "findings",
+    "is_starting",
     "judge_state",
     "pages_of",
+    "recheck",
     "settle",
     "state_vector",
     "take_over",

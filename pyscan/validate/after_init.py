@@ -144,9 +144,7 @@ class AfterInitComparer:
     def _judge(
         self, start: int, actual: Bytes, offsets: I64, kinds: NDArray[np.int8]
     ) -> tuple[Flags, Flags]:
-        """Which changed bytes lie in a word that its kind allows, and of which more is known
-        than that they lead to no code.
-        """
+        """Which changed bytes lie in a word that its kind allows, and which of them are typed."""
         words, inverse = np.unique(offsets // _WORD * _WORD, return_inverse=True)
         inside = (words >= start) & (words + _WORD <= start + len(actual))
         at = np.where(inside, words - start, 0)[:, None] + np.arange(_WORD)
@@ -159,7 +157,7 @@ class AfterInitComparer:
         allowed = {
             AfterInit.VALUE: ~code & ~pointers,
             AfterInit.POINTER: (null | (memory & (values % _WORD == 0))) & ~pointers,
-            AfterInit.PER_CPU: null | (memory & (values % PAGE_SIZE == 0)),
+            AfterInit.PER_CPU: memory & ~data & (values % PAGE_SIZE == 0),
             AfterInit.OBJECT: null | data,
             AfterInit.FUNCTIONS: np.where(
                 code, self._target.are_functions(values), null | ~pointers

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,13 @@ CONTEXT: Final = 16
 _DIFFERENCE_BYTES_MAX: Final = 64
 
 
+class Registers(Protocol):
+    """What knows thunks by their addresses, as a dictionary of registers does."""
+
+    def get(self, address: int, /) -> int | None:
+        """The register that the thunk at an address jumps through; None: there is none."""
+
+
 @dataclass(frozen=True, slots=True)
 class Probe:
     """A kprobe that has written to text: int3, or a jump to its own slot."""
@@ -45,14 +52,14 @@ class Allowed:
     """What a target has registered that shows in its text. Addresses are virtual.
 
     `tracers` (n,) uint64: where traced functions may call. `core` (n,): what the tracer's own
-    entry may call. `its` maps the address of an ITS thunk to its register.
+    entry may call. `its` gives the register of the ITS thunk at an address.
     """
 
     tracers: U64
     core: U64
     core_sites: tuple[int, ...]
     probes: tuple[Probe, ...]
-    its: dict[int, int] = field(default_factory=dict)
+    its: Registers = field(default_factory=dict[int, int])
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from pyscan.validate.memory import AccessFailed, Unreadable
 from pyscan.validate.objects import PACK_CHUNK, FtraceOps, Kprobe, Structures, read_ops
 from pyscan.validate.ownership import FTRACE_ALLOC_TRAMP, Owner, OwnerKind
 from pyscan.validate.problem import ProblemKind, Problems
+from pyscan.validate.thunks import thunks_in
 
 #: include/linux/ftrace.h: the ops want all registers; are called by way of a helper.
 _FTRACE_SAVE_REGS: Final = 1 << 2
@@ -119,7 +120,7 @@ def _known_bytes(target: Target, pages: list[int], spans: Iterable[tuple[int, in
 
 def recognise(target: Target, address: int, page: bytes) -> Owner | None:
     """Code on no list of the kernel's, told by its content: see the functions used."""
-    if is_thunk_page(page):
+    if thunks_in(page):
         return Owner(OwnerKind.ITS, address, address + PAGE_SIZE, "thunks")
     return _left_trampoline(target, address, page)
 
@@ -229,39 +230,6 @@ def _difference(expected: bytes, actual: bytes) -> str:
     """Where two codes of one length differ first."""
     at = next(i for i in range(len(expected)) if expected[i] != actual[i])
     return f"at +{at:#x} it holds {actual[at : at + 8].hex()}, not {expected[at : at + 8].hex()}"
-
-
-# Thunks of indirect branches
-
-
-def is_thunk_page(page: bytes) -> bool:
-    """Whether a page is one of thunks against Indirect Target Selection, and nothing else.
-
-    The kernel keeps no list of those that it made for itself (arch/x86/kernel/alternative.c).
-    From its 32nd byte on thunks follow each other, `jmp *%reg; int3` each, all in the
-    upper half of a cache line; everything else is int3. (its_allocate_thunk, its_init_thunk)
-    """
-    expected = bytearray(b"\xcc" * PAGE_SIZE)
-    offset = 32
-    found = 0
-    while offset + 4 <= PAGE_SIZE:
-        long = page[_upper(offset, 4)] == 0x41
-        size = 4 if long else 3
-        offset = _upper(offset, size)
-        thunk = page[offset : offset + size]
-        if len(thunk) < size or thunk[-3] != 0xFF or thunk[-2] & 0xF8 != 0xE0:
-            break
-        expected[offset : offset + size] = thunk[:-1] + b"\xcc"
-        offset += size
-        found += 1
-    return found > 0 and page == bytes(expected)
-
-
-def _upper(offset: int, size: int) -> int:
-    """Where a thunk goes that would end in the lower half of a cache line."""
-    if (offset + size - 1) % 64 < 32:
-        return ((offset - 1) | 0x3F) + 33
-    return offset
 
 
 # kprobes

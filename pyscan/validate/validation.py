@@ -25,6 +25,7 @@ from pyscan.validate.problem import ProblemKind, Problems
 from pyscan.validate.reader import KeyReader, read_state
 from pyscan.validate.rodata import InitRange, RodataComparer, RodataResult
 from pyscan.validate.state import PatchState
+from pyscan.validate.thunks import Thunks
 from pyscan.validate.units import PlacedUnits, function_entries, place_units
 
 U64 = NDArray[np.uint64]
@@ -226,6 +227,7 @@ def allowed_of(
             Probe(probe.address, probe.opcode, probe.optimized_slot, probe.saved)
             for probe in kprobes
         ),
+        its=Thunks(target),
     )
 
 

@@ -127,7 +127,7 @@ def _jump_table(ko: Ko, text: int, keys: int, other: int) -> None:
 
 
 def _static_calls(ko: Ko, text: int, keys: int, other: int) -> None:
-    section = ko.section(".static_call_sites", ALLOC | WRITE, bytes(24), 4)
+    section = ko.section(".static_call_sites", ALLOC, bytes(24), 4)
     for row, (at, key, addend) in enumerate(
         ((0x38, keys, 16), (0x40, other, 1), (0x58, keys, 16 | 1))
     ):

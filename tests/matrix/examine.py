@@ -78,6 +78,11 @@ def _compile(scratch: Path) -> LinuxApproved:
 
 
 def examine(uri: str, boot: Boot) -> Row:
+    """Sweep a running guest of the matrix."""
+    return sweep_guest(uri, boot, approved_kernel())
+
+
+def sweep_guest(uri: str, boot: Boot, approved: LinuxApproved) -> Row:
     """Sweep a running guest and say what was found, as columns of a row."""
     sweeps = LOAD_SWEEPS if Scenario.LOAD in boot.scenarios else SWEEPS
     bad: list[str] = []
@@ -87,7 +92,7 @@ def examine(uri: str, boot: Boot) -> Row:
         open_source(uri) as source,
         open_scanner(
             source,
-            [approved_kernel()],
+            [approved],
             open_digester("native"),
             target=boot.name,
             keyed=open_digester("native", "nh4aes", key),

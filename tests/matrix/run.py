@@ -71,10 +71,16 @@ def count_pages(uri: str, boot: Boot) -> Row:
     return {"base": f"{kernel.virtual_base:#x}", "pages": len(watched.addresses)}
 
 
-def run_boot(boot: Boot, examine: Examine, save: Path | None, attack: Attack | None) -> Row:
+def run_boot(
+    boot: Boot,
+    examine: Examine,
+    save: Path | None = None,
+    attack: Attack | None = None,
+    guest_dir: Path = GUEST_DIR,
+) -> Row:
     """Boot, enter the scenarios, attack, examine; returns the row. Raises pyscan's errors."""
     options = GuestOptions(
-        GUEST_DIR,
+        guest_dir,
         machine=boot.machine,
         memory_mib=boot.memory_mib,
         cpus=boot.cpus,

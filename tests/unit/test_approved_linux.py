@@ -20,14 +20,13 @@ from pyscan.approved import (
     LinuxApproved,
     container,
     load_approved,
-    load_snapshot,
     save_linux,
 )
 from pyscan.approved.container import MAGIC
 from pyscan.approved.envelope import seal
 from pyscan.approved.linux import Anchor, Provenance
 from pyscan.cose import decode_cbor
-from pyscan.errors import ApprovedFileError, InternalError, UsageError
+from pyscan.errors import ApprovedFileError, InternalError
 from pyscan.keys import KeyRing, SigningKey
 
 RING = KeyRing.of({"approver": APPROVER.public}, "approver")
@@ -289,11 +288,6 @@ def test_kinds_in_files_that_are_not_theirs(path: Path) -> None:
     assert_refused(path, "kind 'snapshot': this pyscan reads version 1, kind 'linux'")
     path.write_bytes(seal("linux", {name: fields[name] for name in FIELDS}, APPROVER))
     assert_refused(path, "kind 'linux': this pyscan reads version 1, kind 'snapshot'")
-
-
-def test_where_a_snapshot_is_needed(path: Path) -> None:
-    with pytest.raises(UsageError, match=r"kind linux.*pyscan approve snapshot"):
-        load_snapshot(path, RING)
 
 
 # --- the file system ------------------------------------------------------------------

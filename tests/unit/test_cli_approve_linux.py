@@ -178,10 +178,20 @@ def test_show_of_a_damaged_file(tmp_path: Path, pyscan_: Pyscan, at: int) -> Non
     assert (output.status, str(path) in output.error) == (2, True)
 
 
-def test_where_a_snapshot_is_needed(tmp_path: Path, pyscan_: Pyscan) -> None:
+def test_a_scan_with_the_package_of_another_kernel(tmp_path: Path, pyscan_: Pyscan) -> None:
     path = saved(tmp_path / "a", build_linux())
     target = Target.make(tmp_path / "ram")
     output = pyscan_("scan", target.uri, "--approved", path)
+    assert output.status == 3
+    assert "the running kernel is none of the approved ones" in output.facts["verdict"]
+
+
+def test_a_snapshot_is_given_alone(tmp_path: Path, pyscan_: Pyscan) -> None:
+    target = Target.make(tmp_path / "ram")
+    snapshot = tmp_path / "snapshot"
+    save_approved(target.enrol(), snapshot, APPROVER)
+    path = saved(tmp_path / "a", build_linux())
+    output = pyscan_("scan", target.uri, "--approved", path, "--approved", snapshot)
     assert (output.status, "kind linux" in output.error) == (2, True)
 
 

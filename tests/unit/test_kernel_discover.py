@@ -68,6 +68,18 @@ def test_processes_and_copies_are_not_taken_for_it(kernel: FakeKernel) -> None:
         assert find_kernel(source) == kernel.image
 
 
+def test_a_freed_table_whose_address_the_image_holds(kernel: FakeKernel) -> None:
+    """A process's table came to lie at __init_begin, and the image names that address."""
+    stale = kernel.data + 0x18_0000
+    kernel.process(stale)
+    kernel.memory.write(kernel.data + 0x300 * 8, struct.pack("<Q", kernel.address(stale)))
+    with pytest.raises(KernelNotFound, match="more than one kernel"):
+        find_kernel(kernel.memory.source())
+    # init_mm.pgd, and start_code behind it, which is _text.
+    kernel.memory.write(kernel.pointer + 0x20 * 8, struct.pack("<Q", kernel.virtual))
+    assert find_kernel(kernel.memory.source()) == kernel.image
+
+
 def test_the_kernel_of_an_earlier_boot_is_not_taken_for_the_running_one(memory: Memory) -> None:
     first = FakeKernel(memory, physical=16 * MIB)
     second = FakeKernel(memory, virtual=0xFFFF_FFFF_8120_0000, physical=32 * MIB)

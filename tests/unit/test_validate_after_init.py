@@ -35,6 +35,9 @@ LAYOUT = {
     "capability_hooks": FIRST + 0x900,
     "__per_cpu_offset": FIRST + 0xA00,
     "__ia32_enabled": FIRST + 0xB00,
+    "apic_verbosity": FIRST + 0xB80,
+    "mptcp_genl_family": FIRST + 0xD00,
+    "behind_families": FIRST + 0xE00,
     "__start___jump_table": FIRST + 0xC00,
     "__stop___jump_table": FIRST + 0xC40,
     "raw_data": FIRST + 0x1000,
@@ -86,7 +89,8 @@ def test_as_packaged_all_is_verified(fake: FakeValidation, compare: Compare) -> 
 #: the name of a symbol and a distance to it.
 LEGAL = [
     ("kmalloc_caches", 8, 0xFFFF_8A40_0010_0000),  # allocated memory
-    ("kmalloc_caches", 16, 0x1234),
+    ("apic_verbosity", 0, 0x1234),
+    ("mptcp_genl_family", 0x20, 7),  # mcgrp_offset
     ("ptmx_fops", 0, ("other_function", 0)),
     ("ptmx_fops", 8, 77),
     ("apic", 0, ("kmalloc_caches", 0)),  # other data of the image
@@ -99,7 +103,12 @@ LEGAL = [
 ]
 ILLEGAL = [
     ("kmalloc_caches", 8, ("kernel_function", 0)),  # data that leads into code
-    ("kmalloc_caches", 448, 1),  # behind the variable
+    ("kmalloc_caches", 16, 0x1234),  # no address
+    ("kmalloc_caches", 16, 0xFFFF_8A40_0010_0004),  # not aligned
+    ("kmalloc_caches", 16, 0xFFFF_C900_0000_0000),  # leads to no memory
+    ("kmalloc_caches", 448, 0xFFFF_8A40_0010_0000),  # behind the variable
+    ("mptcp_genl_family", 0x10, 7),  # a member that is not set
+    ("apic_verbosity", 0, ("kernel_function", 0)),
     ("size_index", 0, 0x0706_0504_0302_0101),  # on no list
     ("ptmx_fops", 0, ("other_function", 1)),  # no entry of a function
     ("apic", 0, ("kernel_function", 0)),
@@ -111,6 +120,8 @@ ILLEGAL = [
     ("capability_hooks", 0, ("_text", DATA)),  # a hook in writable data
     ("capability_hooks", 24, ("other_function", 0)),  # a hook's function is the package's
     ("__per_cpu_offset", 0, ("kernel_function", 0)),
+    ("__per_cpu_offset", 0, ("_text", DATA)),  # no allocated memory
+    ("__per_cpu_offset", 8, 0xFFFF_8A40_0020_0008),
     ("__ia32_enabled", 8, 1),  # the gap behind a variable
 ]
 
@@ -171,11 +182,16 @@ def test_unknown_series(fake: FakeValidation) -> None:
 def test_lists_are_plausible(series: str) -> None:
     listed = SERIES[series].after_init
     assert len(listed) > 200
-    for name, (kind, length) in listed.items():
+    for name, parts in listed.items():
         assert name.isidentifier()
-        open_ended = kind in (AfterInit.HOOKS, AfterInit.VDSO)
-        assert (length == 0) is open_ended
-        assert 0 <= length <= 1 << 16
+        end = 0
+        for part in parts:
+            assert part.offset >= end
+            end = part.offset + part.length
+            assert (part.length == 0) is (part.kind in (AfterInit.HOOKS, AfterInit.VDSO))
+            if part.kind in (AfterInit.POINTER, AfterInit.OBJECT, AfterInit.FUNCTIONS):
+                assert (part.offset | part.length) % 8 == 0
+        assert end <= 1 << 16
 
 
 # The vDSO

@@ -17,12 +17,13 @@ from tables import NX, PRESENT, TABLE, USER, WRITE, Memory
 from test_validate_objects import link_tasks, module, probe, process
 
 from pyscan.records import PAGE_SIZE
-from pyscan.validate.generated import is_thunk_page, relative
+from pyscan.validate.generated import relative
 from pyscan.validate.invariants import Invariants, check_invariants, check_walk
 from pyscan.validate.memory import walk_kernel
 from pyscan.validate.objects import BpfPack, read_structures
 from pyscan.validate.ownership import OwnerKind
 from pyscan.validate.problem import ProblemKind, Problems
+from pyscan.validate.thunks import Thunks, thunks_in
 
 CODE = MODULES + 0x10_0000  # where module() puts its first module
 PACK = MODULES + 0x80_0000
@@ -171,15 +172,55 @@ def full_thunk_page() -> bytes:
     return bytes(page)
 
 
+def test_thunks_are_read_as_the_kernel_puts_them() -> None:
+    """its_allocate_thunk(): a long one that does not fit goes on, a short one may stay."""
+    page = bytearray(b"\xcc" * PAGE_SIZE)
+    wanted = {}
+    # Ten of 3 bytes end at 62, where neither fits; then 9 of 3 and one long end at 127.
+    for offset in range(32, 62, 3):
+        wanted[offset] = 5
+    for offset in range(96, 123, 3):
+        wanted[offset] = 1
+    wanted[123] = 8
+    # Nine of 3 and ... a short one at 189, in the last 3 bytes of its line; then a long one.
+    wanted[160] = wanted[164] = 15
+    for offset in range(168, 192, 3):
+        wanted[offset] = 0
+    wanted[224] = 10
+    for offset, register in wanted.items():
+        code = bytes([*([0x41] if register >= 8 else []), 0xFF, 0xE0 + register % 8, 0xCC])
+        page[offset : offset + len(code)] = code
+    assert thunks_in(bytes(page)) == wanted
+    page[61] = 0xFF
+    assert thunks_in(bytes(page)) == {}
+
+
+def test_thunks_at_the_end_of_a_page() -> None:
+    page = bytearray(full_thunk_page())
+    last = max(thunks_in(bytes(page)))
+    assert PAGE_SIZE - last <= 6
+    page[last] = 0x90
+    assert thunks_in(bytes(page)) == {}
+
+
+def test_thunks_by_address(fake: FakeTarget) -> None:
+    code(fake, CODE, thunk_page())
+    with fake.memory.source() as source:
+        thunks = Thunks(fake.target(source))
+        assert [thunks.get(CODE + at) for at in (32, 35, 39, 33, 42)] == [0, 11, 7, None, None]
+        assert thunks.get(CODE + PAGE_SIZE) is None  # not mapped
+        assert thunks.get(0) is None
+
+
 def test_thunk_pages_to_the_byte() -> None:
-    assert is_thunk_page(thunk_page())
-    assert is_thunk_page(full_thunk_page())
-    assert not is_thunk_page(b"\xcc" * PAGE_SIZE)
-    assert not is_thunk_page(bytes(PAGE_SIZE))
+    assert thunks_in(thunk_page())
+    assert thunks_in(full_thunk_page())
+    assert not thunks_in(b"\xcc" * PAGE_SIZE)
+    assert not thunks_in(bytes(PAGE_SIZE))
     for offset in range(0, 160):
         page = bytearray(thunk_page())
         page[offset] ^= 0x10
-        assert not is_thunk_page(bytes(page))
+        assert not thunks_in(bytes(page))
 
 
 # Interrupts
