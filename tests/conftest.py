@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pyscan.approved import LinuxApproved
 from pyscan.lab.broker import Broker, Role
 from pyscan.lab.guest import Guest, GuestOptions
 from pyscan.lab.process import RunDirectory, unwind_on
@@ -39,6 +40,15 @@ def guest_dir() -> Path:
     if not (path / "guest.json").is_file():
         pytest.fail(f"{path} has no test guest: run `make setup`")
     return path
+
+
+@pytest.fixture(scope="session")
+def approved_linux(guest_dir: Path) -> LinuxApproved:
+    """The guest's kernel, compiled from its package once for all tests."""
+    del guest_dir  # what is compiled lies there
+    from matrix.examine import approved_kernel
+
+    return approved_kernel()
 
 
 @pytest.fixture

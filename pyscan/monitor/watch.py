@@ -167,7 +167,9 @@ class Watch:
             self._digesters.exact,
             target=self._settings.target,
             keyed=self._digesters.keyed,
-            options=replace(self._settings.options, judge_starting=self._started_long_ago()),
+            options=replace(
+                self._settings.options, judge_starting=self._started_long_ago(), live=True
+            ),
         ) as scanner:
             await self._sweep_with(scanner)
 

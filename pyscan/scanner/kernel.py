@@ -25,6 +25,7 @@ from pyscan.kernel import KernelImage
 from pyscan.records import PAGE_SIZE, Finding, FindingKind, PageStatus, Sweep
 from pyscan.scanner.compare import BaselineComparer, Comparer, ExactComparer
 from pyscan.scanner.mapping import FINDINGS_MAX, check_mapping
+from pyscan.scanner.pulse import Pulse
 from pyscan.scanner.sweep import SuspectPage, SweepResult
 from pyscan.sources import Source
 from pyscan.validate import (
@@ -50,17 +51,15 @@ from pyscan.validate import (
     validate,
 )
 
-#: Validations in a row that must agree before what they find is believed: the first one may
-#: have read half of an update.
-_TRIES: Final = 3
-#: Pages of text that differ when it is not for an attack alone to say why: a reset machine
-#: loads its next kernel over this one.
-RAVAGED_PAGES: Final = 32
-#: So long they must be the same ones' number before they are believed to be an attack; and
-#: so long is waited for that.
-RAVAGED_S: Final = 2.0
-RAVAGED_MAX_S: Final = 20.0
-_PAUSE_S: Final = 0.25
+#: Validations at most. What two in a row find is believed: one alone may have read half of an
+#: update of a list.
+_TRIES: Final = 6
+#: Pages of text that differ and are believed at once. What is left of a kernel after a reset
+#: is written over by far more at a time.
+_FEW_PAGES: Final = 32
+#: So long is waited for the pulse of a kernel in which anything else is found.
+PULSE_S: Final = 10.0
+_PAUSE_S: Final = 0.05
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,8 +76,9 @@ class KernelScanner:
     """Sweeps one target against the approved configurations of kernels. Not thread-safe.
 
     Of `candidates` the one that fits the running kernel is chosen at every attach. A kernel
-    that is still starting is judged only with `judge_starting`. Digesters and the other
-    arguments are those of `Scanner`.
+    that is still starting is judged only with `judge_starting`. `live`: the target runs, so
+    that findings in a kernel whose clock stands still may be those of one that was reset;
+    they are held back until PULSE_S have passed. The other arguments are those of `Scanner`.
     """
 
     def __init__(
@@ -92,6 +92,7 @@ class KernelScanner:
         keyed: Digester | None = None,
         audit_percent: float = 1.0,
         judge_starting: bool = False,
+        live: bool = False,
     ) -> None:
         self._source = source
         self._candidates = tuple(candidates)
@@ -101,6 +102,8 @@ class KernelScanner:
         self._target = target
         self._rules = rules
         self._judge_starting = judge_starting
+        self._live = live
+        self._alarmed = False
         self._number = 0
         self._boot: _Boot | None = None
         self._pinned: tuple[KernelImage, StateVector] | None = None
@@ -130,7 +133,13 @@ class KernelScanner:
         """
         self._number += 1
         self._source.regions()  # raises when the way to the target is gone
-        timer = _Timer()
+        result = self._sweep(_Timer(), walk_tables=walk_tables)
+        if self._live and not self._alarmed and _far_reaching(result.sweep):
+            result = self._feel_pulse(result)
+        self._alarmed = bool(result.sweep.findings_total)
+        return result
+
+    def _sweep(self, timer: _Timer, *, walk_tables: bool) -> SweepResult:
         boot = self._boot
         if boot is None:
             return self._validate_all(timer)
@@ -150,12 +159,9 @@ class KernelScanner:
 
     def _validate_all(self, timer: _Timer) -> SweepResult:
         """Attach anew, validate everything, and start a baseline of what is legal."""
-        before = self._boot
-        known = before.report.validation.attached.kernel if before is not None else None
+        known = self._boot.report.validation.attached.kernel if self._boot is not None else None
         self.close()
         validation, bad = self._validate_settled(self._attach(known))
-        if bad > RAVAGED_PAGES and not (before is not None and before.ravaged):
-            validation, bad = self._outwait_reset(validation, bad)
         attached = validation.attached
         snapshot = baseline(validation, self._digester, time.time_ns())
         unreadable = sum(int((e.statuses != PageStatus.OK).sum()) for e in validation.extents)
@@ -169,7 +175,6 @@ class KernelScanner:
             mapping.unlisted_executable,
             _rows_of(validation, snapshot),
             judged,
-            ravaged=bad > RAVAGED_PAGES,
         )
         self._boot = boot
         found = findings(validation, timer.sweep_id, judged)
@@ -205,22 +210,21 @@ class KernelScanner:
             )
         return attached
 
-    def _outwait_reset(self, validation: Validation, bad: int) -> tuple[Validation, int]:
-        """Validate until it is clear whether this kernel is tampered with, or history.
+    def _feel_pulse(self, result: SweepResult) -> SweepResult:
+        """Believe a result once the kernel is seen to run, or nothing else comes up.
 
-        It is history when another one is found, or none: raises KernelNotFound,
-        KernelStarting.
+        Raises KernelNotFound, KernelStarting: it is history.
         """
-        started = since = time.monotonic()
-        while bad > RAVAGED_PAGES and time.monotonic() - started < RAVAGED_MAX_S:
+        boot = self._boot
+        if boot is None:
+            return result
+        pulse = Pulse.of(boot.report.validation.attached)
+        deadline_s = time.monotonic() + PULSE_S
+        while not pulse.beats() and time.monotonic() < deadline_s:
             time.sleep(_PAUSE_S)
-            before = bad
-            validation, bad = self._validate_settled(self._attach(None))
-            if bad != before:
-                since = time.monotonic()
-            elif time.monotonic() - since >= RAVAGED_S:
-                break
-        return validation, bad
+            if self._attach(None).kernel != boot.report.validation.attached.kernel:
+                return self._validate_all(_Timer())
+        return result
 
     def _validate_settled(self, attached: Attached) -> tuple[Validation, int]:
         """Validate until what is found stays; also the number of pages that differ.
@@ -230,12 +234,12 @@ class KernelScanner:
         try:
             validation = validate(attached)
             for _ in range(_TRIES):
-                if not validation.lasting():
-                    break
                 before = validation.lasting()
-                attached = self._attach(attached.kernel)
-                validation = validate(attached)
-                if validation.lasting() == before:
+                if not before:
+                    break
+                validation = validate(self._attach(validation.attached.kernel))
+                if before & validation.lasting():
+                    _keep_only(validation, before)
                     break
             bad = 0
             if validation.text.pages:
@@ -272,14 +276,14 @@ class KernelScanner:
         except AccessFailed as error:
             raise self._unreadable_state(error) from error
         bad, lost = settled.pages_differing, len(settled.unreadable)
-        if bad > RAVAGED_PAGES and not boot.ravaged:
-            return self._validate_all(timer)
-        take_over(validation, settled)
+        changed = take_over(validation, settled)
         boot.take_over(settled, pages, self._digester)
-        vector = state_vector(validation)
-        pinned = self._pin(validation.attached.kernel, vector)
-        boot.judged = judged = judge_state(self._rules, pinned, vector)
-        boot.report = replace(boot.report, vector=vector, reports=judged.reports)
+        if changed:
+            vector = state_vector(validation)
+            pinned = self._pin(validation.attached.kernel, vector)
+            boot.judged = judge_state(self._rules, pinned, vector)
+            boot.report = replace(boot.report, vector=vector, reports=boot.judged.reports)
+        judged = boot.judged
         found = findings(validation, timer.sweep_id, judged)
         unread = boot.unread(timer.sweep_id, comparison)
         outcome = _Outcome(
@@ -339,7 +343,6 @@ class _Boot:
 
     `rows` (n,): for each row of the snapshot (index of the unit, offset of the page), with
     unit -1 for a page that is no text. `judged`: what the rules make of the last state.
-    `ravaged`: so many pages differ that it was waited whether they are those of a reset.
     """
 
     snapshot: Snapshot
@@ -348,7 +351,6 @@ class _Boot:
     unlisted: int | None
     rows: NDArray[np.int64]
     judged: Judged
-    ravaged: bool
 
     def unchanged(self, timer: _Timer, comparison: Comparison) -> _Outcome:
         """Every page is as it may be; what was found beyond pages is there still."""
@@ -410,6 +412,21 @@ class _Boot:
             for finding, frame, page, status in zip(kept, frames, pages, statuses, strict=True)
             if status == PageStatus.OK
         )
+
+
+def _far_reaching(sweep: Sweep) -> bool:
+    """Whether more is found than a few pages of code."""
+    few = sweep.mismatched <= _FEW_PAGES and not sweep.unreadable
+    code = all(finding.kind is FindingKind.CODE for finding in sweep.findings)
+    return bool(sweep.findings) and not (few and code)
+
+
+def _keep_only(validation: Validation, lasting: frozenset[tuple[str, int]]) -> None:
+    """Drop problems that a validation before did not see: the kernel was at work."""
+    problems = validation.problems
+    kept = [each for each in problems.kept if (str(each.kind), each.address) in lasting]
+    problems.total -= len(problems.kept) - len(kept)
+    problems.kept = kept
 
 
 def _rows_of(validation: Validation, snapshot: Snapshot) -> NDArray[np.int64]:

@@ -35,12 +35,13 @@ class Sweeper(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SweepOptions:
-    """How to sweep. `rules` and `judge_starting` are for kernels known by their package."""
+    """How to sweep. `rules` and what follows are for kernels known by their package."""
 
     rereads: int = 3
     audit_percent: float = 1.0
     rules: StateRules = field(default_factory=StateRules)
     judge_starting: bool = False  # whether a kernel that says it is starting is judged
+    live: bool = False  # whether the target runs all the time, so that it may be reset
 
 
 def check_approved(approved: Sequence[Snapshot | LinuxApproved]) -> None:
@@ -87,4 +88,5 @@ def open_scanner(
         keyed=keyed,
         audit_percent=options.audit_percent,
         judge_starting=options.judge_starting,
+        live=options.live,
     )

@@ -7,6 +7,7 @@ first byte of a unit's image, as in `pyscan.approved.unit`.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -42,6 +43,7 @@ class SymbolNames:
         self._kinds = symbols.kinds
         self._data = symbols.names.tobytes()
         self._by_name: dict[str, int] = {}
+        self._shared: frozenset[bytes] | None = None  # made when it is asked for
         for row in range(len(self._starts)):
             self._by_name.setdefault(self._name(row), self._offsets[row])
         functions = symbols.offsets[symbols.kinds == SymbolKind.FUNCTION]
@@ -65,6 +67,13 @@ class SymbolNames:
         row = bisect_right(self._offsets, offset)
         return self._offsets[row] if row < len(self._offsets) else None
 
+    def is_shared(self, name: str) -> bool:
+        """Whether several symbols have that name."""
+        if self._shared is None:
+            counts = Counter(self._data.split(b"\0"))
+            self._shared = frozenset(each for each, count in counts.items() if count > 1)
+        return name.encode("ascii", "replace") in self._shared
+
     def ending(self, suffix: str, first: int, last: int) -> Iterator[tuple[str, int]]:
         """Name and offset of each symbol in [first, last) whose name ends with `suffix`."""
         for row in range(bisect_right(self._offsets, first - 1), len(self._offsets)):
@@ -80,9 +89,9 @@ class SymbolNames:
         return self._data[start : end if end >= 0 else start].decode("ascii", "replace")
 
 
-@lru_cache(maxsize=8)
-def _names_of(symbols: Symbols) -> SymbolNames:
-    """One look-up for all targets that run the same kernel."""
+@lru_cache(maxsize=1024)
+def names_of(symbols: Symbols) -> SymbolNames:
+    """One look-up of a unit for all targets that have it in memory."""
     return SymbolNames(symbols)
 
 
@@ -101,7 +110,7 @@ class Target:
     @classmethod
     def of(cls, memory: VirtualMemory, approved: LinuxApproved, kernel: KernelImage) -> Self:
         """The context of a kernel that was found at `kernel`."""
-        names = _names_of(approved.vmlinux.symbols)
+        names = names_of(approved.vmlinux.symbols)
         base = np.uint64(kernel.virtual_base)
         return cls(
             memory=memory,

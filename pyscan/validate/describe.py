@@ -148,7 +148,7 @@ class Describer:
 
     def __init__(self, validation: Validation) -> None:
         self._target = validation.target
-        self._names = PlaceNames(validation.target, validation.units)
+        self._names = PlaceNames(validation.units)
         self._units = {placed.unit.name: placed for placed in validation.units.all}
         # Of keys, what the validation has read: nothing is read to describe.
         enabled, functions = dict(validation.keys.enabled), dict(validation.keys.functions)

@@ -18,6 +18,10 @@ _NEXT: Final = 0
 _PREVIOUS: Final = 8  # hlist_node.pprev too
 _ADDRESS_MASK: Final = (1 << 64) - 1
 
+#: How often a place where a list disagrees is looked at before it is believed: the kernel
+#: links a node with a few stores, but a processor may stop for a moment between them.
+_LOOKS: Final = 4
+
 
 class Fault(StrEnum):
     """Why a list is broken."""
@@ -58,7 +62,7 @@ def list_entries(memory: VirtualMemory, head: int, offset: int, bound: int) -> W
         return None if following == head else following
 
     def agrees(node: int, before: int) -> bool:
-        return memory.u64(node + _PREVIOUS) == before
+        return memory.u64(node + _PREVIOUS) == before or _changed(memory, node, before)
 
     walked = _walk(head, follow, agrees, offset, bound)
     if walked.broken is None:
@@ -66,6 +70,39 @@ def list_entries(memory: VirtualMemory, head: int, offset: int, bound: int) -> W
         broken = _check_back(memory, head, last)
         return Walked(walked.entries, broken)
     return walked
+
+
+def _changed(memory: VirtualMemory, node: int, before: int) -> bool:
+    """Whether nodes disagree only because the kernel has changed the list since it was read.
+
+    A walk is no snapshot. While it goes on, processes end, and each new one comes between the
+    last node and the head. So the place is read anew: it is sound when `node` is linked from
+    both sides, and `before` either is its neighbour, too, or has left the list or the place.
+    """
+    for _ in range(_LOOKS):
+        memory.forget()
+        try:
+            back = memory.u64(node + _PREVIOUS)
+            if back == before:
+                return True
+            if memory.u64(back + _NEXT) == node and not _leads(memory, before, node):
+                return True
+        except AccessFailed:
+            continue
+    return False
+
+
+def _leads(memory: VirtualMemory, before: int, node: int) -> bool:
+    """Whether `before` is on a list, and `node` comes next.
+
+    What was taken out keeps the way on, but not the way back (list_del_rcu, rculist.h).
+    """
+    try:
+        if memory.u64(before + _NEXT) != node:
+            return False
+        return memory.u64(memory.u64(before + _PREVIOUS) + _NEXT) == before
+    except AccessFailed:
+        return False
 
 
 def hlist_entries(memory: VirtualMemory, head: int, offset: int, bound: int) -> Walked:
@@ -114,7 +151,7 @@ def _walk(
                 return _broken(entries, Fault.CYCLE, following, "the list comes back to it")
             if len(entries) == bound:
                 return _broken(entries, Fault.ENDLESS, node, f"more than {bound} entries")
-            if not agrees(following, node) and disagrees is None:
+            if disagrees is None and not agrees(following, node):
                 disagrees = Broken(
                     Fault.DISAGREE, following, f"it does not point back to {node:#x}"
                 )
@@ -130,7 +167,7 @@ def _walk(
 def _check_back(memory: VirtualMemory, head: int, last: int) -> Broken | None:
     """Whether the head of a circular list points back to its last node."""
     try:
-        if memory.u64(head + _PREVIOUS) == last:
+        if memory.u64(head + _PREVIOUS) == last or _changed(memory, head, last):
             return None
     except AccessFailed as error:
         fault = Fault.UNREADABLE if isinstance(error, Unreadable) else Fault.WILD

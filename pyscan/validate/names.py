@@ -7,13 +7,13 @@ It is the same in every boot of a kernel, wherever KASLR has put it.
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_right
-from collections import Counter
 from dataclasses import dataclass
 from typing import Final
 
 from pyscan.approved.unit import VMLINUX, Section
-from pyscan.validate.context import SymbolNames, Target
+from pyscan.validate.context import names_of
 from pyscan.validate.placed import Placed
 from pyscan.validate.units import PlacedUnits
 
@@ -42,12 +42,10 @@ class Named:
 class PlaceNames:
     """Names of what lies in the units of one target; a unit's symbols are read when needed."""
 
-    def __init__(self, target: Target, units: PlacedUnits) -> None:
+    def __init__(self, units: PlacedUnits) -> None:
         self._placed = sorted(units.all, key=lambda placed: placed.address)
         self._starts = [placed.address for placed in self._placed]
-        self._symbols: dict[str, SymbolNames] = {VMLINUX: target.names}
         self._sections: dict[str, tuple[list[int], list[Section]]] = {}
-        self._shared: dict[str, frozenset[bytes]] = {}
 
     def find(self, address: int) -> Named | None:
         """What an address is, or None when it lies in no unit."""
@@ -56,9 +54,7 @@ class PlaceNames:
             return None
         unit = placed.unit
         offset = address - placed.address
-        if unit.name not in self._symbols:
-            self._symbols[unit.name] = SymbolNames(unit.symbols)
-        near = self._symbols[unit.name].near(offset)
+        near = names_of(unit.symbols).near(offset)
         section = self._section(placed, offset)
         if near is not None and near[0]:
             return Named(unit.name, near[0], near[1], section.name if section else "")
@@ -79,14 +75,10 @@ class PlaceNames:
         placed = self.unit_at(address)
         if found is None or placed is None:
             return f"{address:#x}"
-        shared = self._shared.get(found.unit)
-        if shared is None:
-            counts = Counter(placed.unit.symbols.names.tobytes().split(b"\0"))
-            shared = frozenset(name for name, count in counts.items() if count > 1)
-            self._shared[found.unit] = shared
-        if found.symbol.encode() in shared:
-            return f"{found}@{address - placed.address:#x}"
-        return str(found)
+        text = str(found)
+        if names_of(placed.unit.symbols).is_shared(found.symbol):
+            text = f"{found}@{address - placed.address:#x}"
+        return sys.intern(text)  # thousands of them, the same in every target
 
     def unit_at(self, address: int) -> Placed | None:
         """The unit that holds an address, or None."""

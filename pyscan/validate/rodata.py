@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from pyscan.approved.unit import SlotKind, Table, TableKind
+from pyscan.approved.unit import Table, TableKind
 from pyscan.validate.code import CodeResult, add_differences
 from pyscan.validate.placed import Placed
 
@@ -25,6 +25,7 @@ Bytes = NDArray[np.uint8]
 _OUTSIDE: Final = -1
 _INIT_FLAG: Final = 2  # in a key: the site lies in init code (JUMP_TYPE..., static_call_types.h)
 _BRANCH_FLAG: Final = 1
+_ORC_BYTES: Final = 6  # sizeof(struct orc_entry), arch/x86/include/asm/orc_types.h
 #: The options of the kernel's own default string that set_rdt_options() cuts at its commas
 #: (arch/x86/kernel/cpu/resctrl/core.c): the string lies in read-only data and is written.
 RDT_OPTIONS: Final = b"!cmt,!mbmtotal,!mbmlocal,!l3cat\0"
@@ -70,7 +71,8 @@ class RodataComparer:
             self._settle_literal(start, expected, actual, result)
             for table in self._placed.unit.tables:
                 if start <= table.offset and table.offset + table.length <= end:
-                    self._settle_table(table, start, expected, actual, unknown, result)
+                    settled = self._settle_table(table, start, expected, actual, unknown)
+                    result.code.count(f"{table.kind} table", int(settled))
             expected[unknown] = actual[unknown]
             result.unknown_bytes += int(unknown.sum())
             add_differences(self._placed, start, expected, actual, result.code)
@@ -94,29 +96,59 @@ class RodataComparer:
         expected: Bytes,
         actual: Bytes,
         unknown: NDArray[np.bool_],
-        result: RodataResult,
-    ) -> None:
+    ) -> bool:
+        """Take over the rows that are in another order; whether there are no others."""
         part = slice(table.offset - start, table.offset - start + table.length)
         if np.array_equal(expected[part], actual[part]):
-            return
+            return False
         if table.kind is TableKind.ORC_ENTRY:
-            return  # together with the addresses
+            return False  # together with the addresses
         parts = [part]
         if table.kind is TableKind.ORC_IP:
             entries = next(
                 (t for t in self._placed.unit.tables if t.kind is TableKind.ORC_ENTRY), None
             )
-            if entries is None or entries.offset < start:
-                return
+            if entries is None or not self._pair(table, entries, start, start + len(actual)):
+                return False
             parts.append(slice(entries.offset - start, entries.offset - start + entries.length))
         read = _READERS[table.kind]
         ours = read(self, table, [expected[p] for p in parts], [unknown[p] for p in parts], True)
         theirs = read(self, table, [actual[p] for p in parts], [unknown[p] for p in parts], False)
-        if ours.shape == theirs.shape and np.array_equal(_sorted(ours), _sorted(theirs)):
-            for each in parts:
-                expected[each] = actual[each]
-                unknown[each] = False
-            result.code.count(f"{table.kind} table", 1)
+        missing, stray = _unmatched(ours, theirs)
+        if len(stray) and any(unknown[each].any() for each in parts):
+            return False  # rows may differ in what nobody knows
+        for each in parts:
+            expected[each] = actual[each]
+            unknown[each] = False
+        for row, values in zip(stray.tolist(), ours[missing].tolist(), strict=True):
+            for each, data in zip(parts, self._encoded(table, row, values), strict=True):
+                at = each.start + row * len(data)
+                expected[at : at + len(data)] = np.frombuffer(data, dtype=np.uint8)
+        return not len(stray)
+
+    def _encoded(self, table: Table, row: int, values: list[int]) -> list[bytes]:
+        """The bytes of a row that should be in a table, a piece for each part of it."""
+        place = table.offset + row * table.entry
+        base = self._placed.address
+        match table.kind:
+            case TableKind.JUMP_TABLE:
+                fields = [(values[0] - place, 4), (values[1] - place - 4, 4)]
+                return [_packed(*fields, (values[2] - place - 8, 8))]
+            case TableKind.STATIC_CALLS:
+                return [_packed((values[0] - place, 4), (values[1] - place - 4, 4))]
+            case TableKind.EXCEPTIONS:
+                fields = [(values[0] - place, 4), (values[1] - place - 4, 4)]
+                return [_packed(*fields, (values[2], 4))]
+            case TableKind.ORC_IP:
+                return [_packed((values[0] - place, 4)), _packed((values[1], _ORC_BYTES))]
+            case _:
+                return [_packed((values[0] + base, 8))]
+
+    @staticmethod
+    def _pair(table: Table, entries: Table, start: int, end: int) -> bool:
+        """Whether entries lie in a range, and belong to the addresses of `table` one by one."""
+        inside = start <= entries.offset and entries.offset + entries.length <= end
+        return inside and entries.length * table.entry == table.length * entries.entry
 
     def _places(self, table: Table, field_at: int, entries: int) -> I64:
         return table.offset + field_at + table.entry * np.arange(entries, dtype=np.int64)
@@ -224,5 +256,24 @@ _READERS: Final = {
 }
 
 
-def _sorted(rows: I64) -> I64:
-    return rows[np.lexsort(rows.T[::-1])]
+def _unmatched(ours: I64, theirs: I64) -> tuple[I64, I64]:
+    """Indices of rows of each that the other has not, as often; both sorted by content."""
+    _, which = np.unique(np.concatenate((ours, theirs)), axis=0, return_inverse=True)
+    mine, other = which.reshape(-1)[: len(ours)], which.reshape(-1)[len(ours) :]
+    return _surplus(mine, other), _surplus(other, mine)
+
+
+def _surplus(rows: I64, others: I64) -> I64:
+    """Indices of rows, by ascending number, beyond as many as are among the others."""
+    order = np.argsort(rows, kind="stable")
+    ordered = rows[order]
+    rank = np.arange(len(ordered)) - np.searchsorted(ordered, ordered)
+    counts = np.bincount(others, minlength=int(ordered[-1]) + 1 if len(ordered) else 0)
+    return order[rank >= counts[ordered]]
+
+
+def _packed(*fields: tuple[int, int]) -> bytes:
+    """Little-endian integers of (value, bytes), modulo their width."""
+    return b"".join(
+        (value & ((1 << 8 * width) - 1)).to_bytes(width, "little") for value, width in fields
+    )

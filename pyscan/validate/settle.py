@@ -18,15 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyscan.records import PAGE_SHIFT, PAGE_SIZE, PageStatus
-from pyscan.validate.code import CONTEXT, CodeResult, Difference, TextComparer
+from pyscan.validate.code import CONTEXT, CodeResult, Difference, TextComparer, site_span
+from pyscan.validate.context import Target
 from pyscan.validate.objects import FtraceOps, Kprobe, read_ftrace, read_kprobes
 from pyscan.validate.patch import CALL, INT3, JMP8, JMP32, NOP5, NOPS, RETURN, RETURN_ZERO
 from pyscan.validate.placed import Placed
 from pyscan.validate.predict import Predictor
 from pyscan.validate.problem import Problems
 from pyscan.validate.reader import KeyReader, read_state
-from pyscan.validate.state import PatchState
-from pyscan.validate.validation import Validation, allowed_of
+from pyscan.validate.state import PatchState, same_state
+from pyscan.validate.validation import TRACE_ENTRIES, Validation, allowed_of
 
 #: How often a page that differs in a way that no patching explains is read again.
 REREADS: Final = 3
@@ -46,6 +47,8 @@ _FORMS: Final = {
     "static call": (NOP5, RETURN, RETURN_ZERO, bytes([CALL]), bytes([JMP32]), b"\x0f"),
     "static call trampoline": (RETURN, bytes([JMP32])),
 }
+
+_BRANCH_BYTES: Final = 5
 
 Page = tuple[str, int]  # name of the unit, offset of the page
 
@@ -100,7 +103,10 @@ def settle(validation: Validation, pages: Iterable[Page]) -> Settled:
             (unreadable.discard if status is PageStatus.OK else unreadable.add)(page)
             if result.total:
                 still.append(page)
-                patient &= all(_in_progress(each) for each in result.differences)
+                placed = units[page[0]]
+                patient &= all(
+                    _in_progress(validation.target, placed, each) for each in result.differences
+                )
                 _merge(found, result)
         waiting = still
         elapsed = time.monotonic() - started
@@ -156,14 +162,34 @@ def _segment_of(placed: Placed, offset: int) -> tuple[int, int]:
     return offset, offset + PAGE_SIZE
 
 
-def _in_progress(difference: Difference) -> bool:
+def _in_progress(target: Target, placed: Placed, difference: Difference) -> bool:
     """Whether the bytes may be a step of legal patching."""
     if difference.place is None:
         return False
     place = difference.place
     if place[0] == INT3:
         return True
-    return any(place.startswith(form) for form in _FORMS.get(difference.site, ()))
+    if not any(place.startswith(form) for form in _FORMS.get(difference.site, ())):
+        return False
+    if place[0] not in {CALL, JMP32} or len(place) < _BRANCH_BYTES:
+        return True
+    at = site_span(placed.unit, difference.offset)[1]
+    distance = int.from_bytes(place[1:_BRANCH_BYTES], "little", signed=True)
+    return _may_lead_to(target, difference.site, placed.address + at + _BRANCH_BYTES + distance)
+
+
+def _may_lead_to(target: Target, site: str, address: int) -> bool:
+    """Whether a site of a class may call or jump there in some legal state.
+
+    A traced function calls one of two entries, or a trampoline, which lies in no unit.
+    """
+    if site == "ftrace call":
+        in_unit = target.virtual_base <= address < target.image_end
+        in_unit |= any(each.base <= address < each.base + each.size for each in target.modules)
+        return not in_unit or address in {target.address(name) for name in TRACE_ENTRIES}
+    if site in {"static call", "static call trampoline"}:
+        return target.is_function(address)
+    return True
 
 
 def _merge(into: CodeResult, result: CodeResult) -> None:
@@ -181,8 +207,11 @@ def pages_of(differences: Iterable[Difference]) -> set[Page]:
     return found
 
 
-def take_over(validation: Validation, settled: Settled) -> None:
-    """Make what has settled part of the validation: content of pages, and state."""
+def take_over(validation: Validation, settled: Settled) -> bool:
+    """Make what has settled part of the validation: content of pages, and state.
+
+    Returns whether the state is another one now.
+    """
     for extent in validation.extents:
         for (unit, offset), content in settled.legal.items():
             at = offset - extent.offset
@@ -191,10 +220,19 @@ def take_over(validation: Validation, settled: Settled) -> None:
     validation.text.differences = list(settled.differences)
     validation.text.total = settled.differences_total
     validation.text.pages = pages_of(settled.differences)
-    if settled.last is not None:
-        validation.state = settled.last.state
-        validation.keys.enabled.update(settled.last.keys.enabled)
-        validation.keys.functions.update(settled.last.keys.functions)
-        validation.structures = replace(
-            validation.structures, ftrace=settled.last.ftrace, kprobes=settled.last.kprobes
-        )
+    return settled.last is not None and _take_over_state(validation, settled.last)
+
+
+def _take_over_state(validation: Validation, last: Reading) -> bool:
+    keys, structures = validation.keys, validation.structures
+    same = (
+        last.keys.enabled.items() <= keys.enabled.items()
+        and last.keys.functions.items() <= keys.functions.items()
+        and (last.ftrace, last.kprobes) == (structures.ftrace, structures.kprobes)
+        and same_state(last.state, validation.state)
+    )
+    validation.state = last.state
+    keys.enabled.update(last.keys.enabled)
+    keys.functions.update(last.keys.functions)
+    validation.structures = replace(structures, ftrace=last.ftrace, kprobes=last.kprobes)
+    return not same

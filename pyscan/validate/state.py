@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Final
 
 import numpy as np
@@ -38,3 +38,10 @@ class PatchState:
     def has(self, feature: int) -> bool:
         """Whether the kernel counts a feature as present."""
         return 0 <= feature < len(self.features) and bool(self.features[feature])
+
+
+def same_state(one: PatchState, other: PatchState) -> bool:
+    """Whether two states agree in everything."""
+    return all(
+        np.array_equal(getattr(one, each.name), getattr(other, each.name)) for each in fields(one)
+    )

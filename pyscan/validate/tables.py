@@ -15,7 +15,7 @@ from pyscan.translate import EXECUTABLE, WRITABLE, Leaves, Span, WalkLimits, wal
 from pyscan.validate.context import Target
 from pyscan.validate.generated import failed
 from pyscan.validate.lists import hlist_entries
-from pyscan.validate.memory import AccessFailed, VirtualMemory
+from pyscan.validate.memory import AccessFailed
 from pyscan.validate.objects import Structures, TableRoot
 from pyscan.validate.problem import ProblemKind, Problems
 
@@ -60,8 +60,8 @@ _HALF: Final = 256  # entry of a top-level table that the kernel half begins wit
 _ENTRY_IGNORED: Final = 1 << 5 | 1 << 6  # accessed, dirty: written by the CPU
 
 #: Entry of a process's table for its LDT (arch/x86/include/asm/pgtable_64_types.h,
-#: LDT_PGD_ENTRY), by paging levels; used with page-table isolation.
-_LDT_ENTRY: Final = {4: 512 - 240, 5: 512 - 112}
+#: LDT_PGD_ENTRY), with 4 paging levels and with 5; used with page-table isolation.
+_LDT_ENTRY: Final = 512 - 240
 
 #: X86_FEATURE_PTI, arch/x86/include/asm/cpufeatures.h: word 7, bit 11.
 _PTI: Final = 7 * 32 + 11
@@ -359,7 +359,7 @@ def _check_batch(
     differs = (entries ^ reference) & np.uint64(~_ENTRY_IGNORED & _ADDRESS_MASK) != 0
     differs &= entries != 0
     differs[:, :_HALF] = False
-    differs[:, _LDT_ENTRY[target.memory.kernel.paging_levels]] = False
+    differs[:, _LDT_ENTRY] = False
     for row, root in enumerate(roots):
         place = f"page table of {root.owner}"
         if statuses[row] != PageStatus.OK or root.address % PAGE_SIZE:
@@ -375,11 +375,7 @@ def _check_batch(
                 f"the kernel's is {int(reference[index]):#x} ({len(wrong)} differ)"
             )
             problems.add(ProblemKind.PAGE_TABLE, root.address, place, text)
-        _check_ldt(target, root, int(entries[row, _ldt(target.memory)]), problems)
-
-
-def _ldt(memory: VirtualMemory) -> int:
-    return _LDT_ENTRY[memory.kernel.paging_levels]
+        _check_ldt(target, root, int(entries[row, _LDT_ENTRY]), problems)
 
 
 def _check_ldt(target: Target, root: TableRoot, entry: int, problems: Problems) -> None:
@@ -389,7 +385,7 @@ def _check_ldt(target: Target, root: TableRoot, entry: int, problems: Problems) 
     if not entry & form.present or gpa is None:
         return
     shift = form.levels[0].shift
-    first = (_ADDRESS_MASK - (1 << form.address_bits) + 1) + (_ldt(target.memory) << shift)
+    first = (_ADDRESS_MASK - (1 << form.address_bits) + 1) + (_LDT_ENTRY << shift)
     span = Span(first, first + (1 << shift) - 1)
     found = walk(target.memory.source, gpa << PAGE_SHIFT, form, [span], _LDT_WALK)
     bad = found.leaves.flags & np.uint8(EXECUTABLE | WRITABLE) != 0

@@ -32,7 +32,7 @@ U64 = NDArray[np.uint64]
 
 #: Where calls of a traced function lead when no ops has a trampoline of its own, and what the
 #: two may call (arch/x86/kernel/ftrace_64.S, kernel/trace/ftrace.c).
-_TRACE_ENTRIES: Final = ("ftrace_caller", "ftrace_regs_caller")
+TRACE_ENTRIES: Final = ("ftrace_caller", "ftrace_regs_caller")
 _TRACE_TARGETS: Final = (
     "ftrace_stub",
     "arch_ftrace_ops_list_func",
@@ -216,7 +216,7 @@ def allowed_of(
     """What the target has registered that shows in its text."""
     # Of an ops that made none, the field is of no use; nobody checks where it leads.
     trampolines = [ops.trampoline for ops in ftrace if ops.flags & FTRACE_ALLOC_TRAMP]
-    entries = [target.address(name) for name in _TRACE_ENTRIES if ftrace]
+    entries = [target.address(name) for name in TRACE_ENTRIES if ftrace]
     core = [target.address(name) for name in _TRACE_TARGETS if target.has(name)]
     core += [ops.func for ops in ftrace]
     return Allowed(

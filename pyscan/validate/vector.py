@@ -151,7 +151,7 @@ class StateVector:
 
 def state_vector(validation: Validation) -> StateVector:
     """The state that a validation has seen. It reads no memory."""
-    names = PlaceNames(validation.target, validation.units)
+    names = PlaceNames(validation.units)
     structures, state = validation.structures, validation.state
     enabled = _by_name(validation.keys.enabled, names)
     functions = {

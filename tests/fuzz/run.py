@@ -61,6 +61,7 @@ def run_target(name: str, work: Path, *, runs: int = 0, seconds: int = 0, seed: 
         options = [
             *(f"-runs={runs}" if runs else "-runs=-1", f"-max_total_time={seconds}"),
             *(f"-seed={seed}", f"-max_len={LENGTH_MAX}", "-print_final_stats=1"),
+            "-len_control=20",  # long inputs soon: an edit of a machine alone has 14 bytes
             *(f"-timeout={TIMEOUT_S}", f"-rss_limit_mb={MEMORY_MIB}"),
             f"-artifact_prefix={findings}/",
             str(learnt),
@@ -91,6 +92,12 @@ def run_target(name: str, work: Path, *, runs: int = 0, seconds: int = 0, seed: 
     )
 
 
+def row(outcome: Outcome) -> str:
+    """A line of the table that is printed."""
+    numbers = f"{outcome.executions:>11} {outcome.coverage:>9} {outcome.features:>9}"
+    return f"{outcome.target:<10} {numbers}  {len(outcome.findings)}"
+
+
 def _last(pattern: str, text: str) -> int:
     found: Iterable[str] = re.findall(pattern, text)
     return int([*found, "0"][-2 if found else -1])
@@ -113,8 +120,7 @@ def main() -> int:
         outcome = run_target(
             name, options.work, runs=options.runs, seconds=options.seconds, seed=options.seed
         )
-        numbers = f"{outcome.executions:>11} {outcome.coverage:>9} {outcome.features:>9}"
-        print(f"{name:<10} {numbers}  {len(outcome.findings)}", flush=True)
+        print(row(outcome), flush=True)
         for path in outcome.findings:
             print(f"  {path}")
         if outcome.findings:

@@ -23,5 +23,6 @@ def write_all() -> int:
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parents[1] / "unit")]
+    tests = Path(__file__).parents[1]
+    sys.path[:0] = [str(tests), str(tests / "unit")]
     print(f"{write_all()} bytes")

@@ -19,6 +19,8 @@ from typing import Final
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from fuzz.machine_targets import fuzz_attach, fuzz_validate, seeds_of
+from fuzz.made_module import make_patched_module
 from package_files import (
     LINK,
     BtfMaker,
@@ -198,7 +200,11 @@ def fuzz_types(data: bytes) -> None:
 # --- compiled modules ---------------------------------------------------------------------
 
 
-@target(elf_seeds)
+def module_seeds() -> Seeds:
+    return {**elf_seeds(), "patched": make_patched_module()}
+
+
+@target(module_seeds)
 def fuzz_module(data: bytes) -> None:
     """A module's file: refused, or compiled to a unit that can be written and used."""
     with suppress(PackageError):
@@ -295,3 +301,9 @@ def _use_approved(approved: Snapshot | LinuxApproved) -> None:
     use_unit(approved.vmlinux)
     for name in approved.modules:
         use_unit(approved.modules[name])
+
+
+# --- whole machines -----------------------------------------------------------------------
+
+target(lambda: seeds_of(flag=False))(fuzz_attach)
+target(lambda: seeds_of(flag=True))(fuzz_validate)

@@ -87,6 +87,7 @@ def _wait_for_run(scratch: Scratch, process: subprocess.Popen[str]) -> None:
         ["--action", "freeze", "--tamper", "text", "--machine", "q35"],
         ["--action", "kill", "--tamper", "syscall", "--machine", "pc"],
         ["--action", "freeze", "--tamper", "external", "--machine", "q35"],
+        ["--action", "freeze", "--tamper", "external", "--approve", "package"],
     ],
     ids=lambda options: "-".join(options[1::2]),
 )
@@ -107,6 +108,10 @@ def test_the_main_job(
     finding = document["finding"]
     assert re.fullmatch(r"0x[0-9a-f]+", finding["physical_frame"])
     assert finding["expected"] != finding["actual"]
+    if "package" in options:
+        assert finding["kind"] == "code"
+        assert re.search(r"\+0x[0-9a-f]+ \(\.text", finding["place"])
+        assert " | " in finding["actual"]  # bytes and instructions
     assert document["report"]["state"] == "succeeded"
     assert document["report"]["vm_state"] == {"freeze": "paused", "kill": "gone"}[action]
     assert all(value > 0 for value in document["timings_ms"].values())
@@ -120,6 +125,15 @@ def test_the_main_job(
     evidence = json.loads(check.stdout)
     assert evidence["blobs"] == 1  # the suspect page
     assert {log["writer"] for log in evidence["logs"]} == {"card-1", "control-1", "host-1"}
+
+
+def test_a_module_that_no_package_has_is_no_demonstration(guest_dir: Path) -> None:
+    command = ["demo", "--approve", "package", "--guest", str(guest_dir)]
+    found = subprocess.run(
+        [sys.executable, "-m", "pyscan", *command], capture_output=True, text=True, check=False
+    )
+    assert (found.returncode, found.stdout) == (2, "")
+    assert "--tamper external" in found.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

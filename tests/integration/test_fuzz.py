@@ -1,15 +1,26 @@
-"""Every fuzzing target for a while: the same inputs each time, and nothing found."""
+"""Every group of fuzzing targets for a minute, and nothing is found."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
-from fuzz.run import CORPUS, engine, run_target, target_names
+from fuzz.run import CORPUS, engine, row, run_target, target_names
 from fuzz.targets import TARGETS
+from numpy.typing import NDArray
 
-#: Of each target; a few seconds.
-RUNS = 3000
+from pyscan.validate.code import TextComparer
+
+#: Targets by what they attack, and seconds for each target of a group: a minute a group.
+GROUPS = {
+    "package": ("approved", "bzimage", "deb", "elf", "module", "symbols", "types", "unit"),
+    "attach": ("attach",),
+    "validate": ("validate",),
+}
+SECONDS = {"package": 7, "attach": 55, "validate": 55}
+TARGETS_OF = [(group, name) for group, names in GROUPS.items() for name in names]
 
 
 def test_every_target_has_its_seeds() -> None:
@@ -23,12 +34,21 @@ def test_every_target_has_its_seeds() -> None:
     assert sum(path.stat().st_size for path in CORPUS.rglob("*")) < 200_000
 
 
-@pytest.mark.parametrize("name", sorted(TARGETS))
-def test_nothing_is_found(name: str, tmp_path: Path) -> None:
-    outcome = run_target(name, tmp_path, runs=RUNS, seed=1)
+def test_every_target_is_in_a_group() -> None:
+    assert sorted(name for _, name in TARGETS_OF) == sorted(TARGETS)
+
+
+@pytest.mark.parametrize(("group", "name"), TARGETS_OF)
+def test_nothing_is_found(
+    group: str, name: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    outcome = run_target(name, tmp_path, seconds=SECONDS[group], seed=1)
+    for key in ("engine", "executions", "coverage", "features"):
+        record_property(key, getattr(outcome, key))
+    print(row(outcome))
     assert not outcome.findings, outcome.log[-4000:]
     assert outcome.status == 0, outcome.log[-4000:]
-    assert outcome.executions >= RUNS
+    assert outcome.executions > len(list((CORPUS / name).iterdir()))
     assert outcome.engine != "atheris" or outcome.coverage > 0
 
 
@@ -40,7 +60,7 @@ def test_a_finding_is_found(kind: str, tmp_path: Path, monkeypatch: pytest.Monke
     worker = tmp_path / "worker.py"
     here = Path(__file__).parents[1] / "fuzz"
     worker.write_text(
-        f"import sys; sys.path[:0] = [{str(here)!r}, {str(here.parent / 'unit')!r}]\n"
+        f"import sys; sys.path[:0] = {[str(here), str(here.parent), str(here.parent / 'unit')]!r}\n"
         "import targets, worker as real\n"
         "def fail(data):\n"
         "    if len(data) > 700: raise IndexError(len(data))\n"
@@ -62,3 +82,19 @@ def test_mutations_without_coverage(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     outcome = run_target("types", tmp_path, runs=500)
     assert not outcome.findings, outcome.log[-4000:]
     assert (outcome.status, outcome.executions, outcome.coverage) == (0, 500, 0)
+
+
+def blind(
+    self: TextComparer, start: int, actual: NDArray[np.uint8], *_rest: object
+) -> NDArray[np.uint8]:
+    """A comparison that finds nothing."""
+    return actual
+
+
+@pytest.mark.parametrize("mode", ["code", "branch", "form"])
+def test_a_blind_validation_is_found(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seed = (CORPUS / "validate" / mode).read_bytes()
+    TARGETS["validate"].run(seed)
+    monkeypatch.setattr(TextComparer, "compare", blind)
+    with pytest.raises(AssertionError, match="not found"):
+        TARGETS["validate"].run(seed)

@@ -1,4 +1,7 @@
-"""Scenarios and attacks do in a real guest what they say, and nothing more."""
+"""Scenarios and attacks do in a real guest what they say, and the product sees them so.
+
+`make matrix` examines all boots and all attacks; here a few stand for them.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matrix import examine as product
 from matrix.attacks import ATTACKS, Attack, Struck, strike
-from matrix.run import INITRD
+from matrix.configurations import BOOTS
+from matrix.run import INITRD, run_boot
 from matrix.scenario import Scenario, enter
 
 from pyscan.lab.guest import Guest, GuestOptions
@@ -139,3 +144,32 @@ def test_attack_changes_nothing_else(boot_guest: BootGuest) -> None:
     assert len(changed)
     assert begin + int(changed[0]) >= struck.address
     assert begin + int(changed[-1]) < struck.address + 5
+
+
+@pytest.mark.parametrize("name", ["max", "function-graph-probes", "icelake-server", "load-qemu64"])
+def test_a_boot_is_approved_in_every_sweep(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "LOAD_SWEEPS", 60)
+    (boot,) = (boot for boot in BOOTS if boot.name == name)
+    row = run_boot(boot, product.examine)
+    assert row.get("failed", "") == ""
+    assert row["not approved"] == 0
+    assert row["sweeps"] == (60 if Scenario.LOAD in boot.scenarios else product.SWEEPS)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "place"),
+    [
+        ("ftrace-site-into-kernel", "code", "__x64_sys_acct (.text, ftrace call)"),
+        ("idt-gate", "structure", "idt_table (interrupt table)"),
+        ("ownerless-code", "code", "(hidden code)"),
+        ("process-tables", "mapping", "(page table)"),
+        ("ftrace-ops", "state", "attack:tracing (function tracer, forbidden)"),
+    ],
+)
+def test_an_attack_is_found_for_what_it_is(name: str, kind: str, place: str) -> None:
+    (boot,) = (boot for boot in BOOTS if boot.name == "max")
+    (attack,) = (attack for attack in ATTACKS if attack.name == name)
+    row = run_boot(boot, product.examine, attack=attack, hunt=product.hunt)
+    assert row.get("failed", "") == ""
+    assert (row["found"], row["kind"]) == ("yes", kind)
+    assert str(row["place"]).endswith(place)

@@ -2,9 +2,9 @@
 
     PYTHONPATH=tests .venv/bin/python -m matrix.builds [--only RELEASE ...] [--keep DIR]
 
-Of each flavour (generic, cloud, real-time) the newest and the oldest package of a supported
-series is downloaded, compiled with `pyscan approve linux`, booted on several processors with
-more than a hundred of its own modules, and swept while it runs. A package of each other series
+The newest generic and real-time package and the oldest one for the cloud, of each supported
+series, are downloaded, compiled with `pyscan approve linux`, booted on several processors with
+more than a hundred of their modules, and swept while they run. One package of each other series
 must be refused in one line. The exit status is 1 when a build failed.
 """
 
@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -42,6 +43,9 @@ _PACKAGE: Final = re.compile(
     r"^linux-image-((\d+\.\d+)([0-9.+a-z-]*?)-((?:cloud-|rt-)?amd64)) ", re.MULTILINE
 )
 
+#: ABI and flavour of a release.
+_RELEASE: Final = re.compile(r"(.+?)-((?:cloud-|rt-)?)amd64")
+
 #: What each build is booted on. The larger memory is for the initramfs.
 BOOTS: Final = (
     Boot("max", memory_mib=1024, scenarios=(Scenario.MODULES,)),
@@ -50,9 +54,20 @@ BOOTS: Final = (
         "EPYC-Rome",
         cpus=2,
         memory_mib=1024,
-        scenarios=(Scenario.MODULES, Scenario.FILTER, Scenario.TRACEPOINTS),
+        scenarios=(Scenario.MODULES, Scenario.FILTER, Scenario.TRACEPOINTS, Scenario.FUNCTION),
+    ),
+    Boot(
+        "skylake-load",
+        "Skylake-Server",
+        cpus=2,
+        memory_mib=1024,
+        scenarios=(Scenario.MODULES, Scenario.LOAD),
     ),
 )
+
+
+#: Columns too wide, or too many, for a table; every row is also told when it is there.
+_NOT_SHOWN: Final = {"release", "state", "unverified", "scenario_s", "examine_s", "max_ms"}
 
 
 def offered() -> tuple[list[str], list[str]]:
@@ -66,17 +81,20 @@ def offered() -> tuple[list[str], list[str]]:
             groups.setdefault((series, flavour), []).append((numbers, release))
     known, unknown = [], []
     for (series, flavour), rows in sorted(groups.items()):
+        cloud = flavour == "cloud-amd64"
         if series in SERIES:
-            known += [min(rows)[1], max(rows)[1]]
-        elif flavour == "cloud-amd64":
+            # The newest one for the cloud is the kernel of the whole matrix.
+            known.append((min if cloud else max)(rows)[1])
+        elif cloud:
             unknown.append(max(rows)[1])
-    return list(dict.fromkeys(known)), unknown
+    return known, unknown
 
 
-def approve(deb: Path, out: Path, key: Path) -> tuple[int, str, Row]:
+def approve(packages: Sequence[Path], out: Path, key: Path) -> tuple[int, str, Row]:
     """Run `pyscan approve linux`: its exit status, what it said, and what it took."""
     begin = monotonic()
-    command = [sys.executable, "-m", "pyscan", "approve", "linux", deb, "--out", out, "--sign", key]
+    command = [sys.executable, "-m", "pyscan", "approve", "linux", *packages]
+    command += ["--out", out, "--sign", key]
     with Popen(command, stdin=DEVNULL, stdout=DEVNULL, stderr=PIPE, text=True) as process:
         said = process.stderr.read() if process.stderr else ""
         _, status, usage = os.wait4(process.pid, 0)
@@ -89,7 +107,34 @@ def approve(deb: Path, out: Path, key: Path) -> tuple[int, str, Row]:
     return process.returncode, said.strip(), row
 
 
-def build_guest(deb: Path, release: str, scratch: Path, out: Path) -> None:
+def build_own(release: str, version: str, scratch: Path) -> Path:
+    """Compile the laboratory's modules for a build; returns a directory like a package's."""
+    found = _RELEASE.fullmatch(release)
+    if found is None:
+        raise SystemExit(f"{release} is not the name of a release")
+    abi, flavour = found.groups()
+    root = scratch / "headers"
+    headers = f"linux-headers-{release}"
+    for package in (
+        f"{headers}={version}",
+        f"linux-headers-{abi}-common{'-rt' if flavour == 'rt-' else ''}={version}",
+        # Only the newest version is kept: tools that serve the whole series.
+        f"linux-kbuild-{'.'.join(abi.split('.')[:2])}",
+    ):
+        unpacked = build.download(package, scratch / package.split("=")[0])
+        build.run("dpkg-deb", "--extract", unpacked, root)
+    makefile = root / "usr/src" / headers / "Makefile"
+    # It names its sibling by the path where it would be installed.
+    makefile.write_text(makefile.read_text().replace("/usr/src/", f"{root}/usr/src/"))
+    folder = scratch / "laboratory"
+    modules = folder / "lib/modules" / release / "extra"
+    modules.mkdir(parents=True)
+    for path in build.build_modules(makefile.parent, scratch):
+        shutil.copy(path, modules)
+    return folder
+
+
+def build_guest(deb: Path, release: str, own: Path, scratch: Path, out: Path) -> None:
     """Fill `out` with the build's kernel and an initramfs of its own modules."""
     unpacked = scratch / "kernel"
     build.run("dpkg-deb", "--extract", deb, unpacked)
@@ -100,7 +145,7 @@ def build_guest(deb: Path, release: str, scratch: Path, out: Path) -> None:
     (out / "vmlinuz").write_bytes((unpacked / f"boot/vmlinuz-{release}").read_bytes())
     modules = unpacked / f"lib/modules/{release}/kernel"
     root = scratch / "initrd"
-    build.base_tree(root, busybox / "bin/busybox", modules, ())
+    build.base_tree(root, busybox / "bin/busybox", modules, tuple(sorted(own.rglob("*.ko"))))
     (root / "bin/filter").write_bytes(build.build_filter(scratch).read_bytes())
     (root / "bin/filter").chmod(0o755)
     wanted = ("crypto/crc32c_generic", *build.MATRIX_MODULES)
@@ -131,15 +176,17 @@ def examine_build(release: str, scratch: Path, boots: Sequence[Boot]) -> Iterato
     key, out, guest_dir = scratch / "key", scratch / "approved", scratch / "guest"
     signing = SigningKey.generate()
     signing.save(key)
-    status, said, took = approve(deb, out, key)
+    version = build.field(deb, "Version")
+    own = build_own(release, version, scratch)
+    status, said, took = approve([deb, own], out, key)
     if status != ExitStatus.APPROVED:
         yield {"release": release, **took, "failed": said}
         return
     approved, _ = load_approved(out, KeyRing.of({"builds": signing.public}))
     if not isinstance(approved, LinuxApproved):
         raise TypeError("kind linux was saved, another kind came back")
-    took = {**took, "package": build.field(deb, "Version"), "units": 1 + len(approved.modules)}
-    build_guest(deb, release, scratch, guest_dir)
+    took = {**took, "package": version, "units": 1 + len(approved.modules)}
+    build_guest(deb, release, own, scratch, guest_dir)
     for boot in boots:
         row: Row
         try:
@@ -155,7 +202,7 @@ def examine_refused(release: str, scratch: Path) -> Row:
     """A row that failed unless the build is refused in one line that names its series."""
     deb = build.download(f"linux-image-{release}", scratch / "image")
     SigningKey.generate().save(scratch / "key")
-    status, said, took = approve(deb, scratch / "approved", scratch / "key")
+    status, said, took = approve([deb], scratch / "approved", scratch / "key")
     series = ".".join(release.split(".")[:2])
     row = {"name": release, "release": release, **took, "refused": said}
     legal = status not in (ExitStatus.APPROVED, 1) and f"series {series} " in said
@@ -190,7 +237,7 @@ def main(arguments: Sequence[str]) -> int:
                     continue
                 for row in examine_build(release, scratch, boots):
                     keep(row)
-    print_table(rows)
+    print_table([{k: v for k, v in row.items() if k not in _NOT_SHOWN} for row in rows])
     return int(any("failed" in row for row in rows))
 
 

@@ -37,6 +37,14 @@ class Boot:
 THUNK_PROBES = (Scenario.INT3_PROBE, Scenario.FTRACE_PROBE, Scenario.RETURN_PROBE)
 PROBES = (*THUNK_PROBES, Scenario.JUMP_PROBE)
 
+#: A processor that needs thunks of its own for indirect branches (arch/x86/kernel/cpu/common.c,
+#: ITS) and has IBRS, without which the kernel would use retpolines. The emulator says that it
+#: has it, and ignores the register.
+ITS_MODEL = (
+    "max,x-force-features=on,vendor=GenuineIntel,family=6,model=106,stepping=6,"
+    "spec-ctrl=on,arch-capabilities=on"
+)
+
 BOOTS = (
     # Processors.
     Boot("max"),
@@ -64,6 +72,7 @@ BOOTS = (
     Boot("untrained-return", "EPYC-Rome", append="spec_rstack_overflow=off"),
     Boot("srso-off", "EPYC-Milan", cpus=2, append="spec_rstack_overflow=off"),
     Boot("its-off", "Skylake-Server", append="indirect_target_selection=off"),
+    Boot("its-thunks", ITS_MODEL, append="spectre_v2=ibrs", scenarios=(Scenario.MODULES,)),
     Boot("noreplace-smp", append="noreplace-smp", memory_mib=384),
     Boot("nosmp-of-2", cpus=2, append="nosmp"),
     # Static calls and static keys.

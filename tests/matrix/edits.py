@@ -1,29 +1,28 @@
 """Edits of a stopped kernel that look legal where they are, and are inconsistent.
 
-    PYTHONPATH=tests .venv/bin/python -m matrix.edits --approved FILE URI ...
+    PYTHONPATH=tests .venv/bin/python -m matrix.edits URI ...
 
-Every edit is made alone, in an overlay, and validated from scratch. It names the classes of
-what must come of it; it is found when something of one of them is new, and, for an edit of
-bytes that are compared, is reported at the edited place.
+Every edit is made in an overlay, and validated from scratch. It names the classes of what must
+come of it; it is found when something of one of them is new, and, for an edit of bytes that
+are compared, is reported at the edited place. With `together`, edits of single places of code
+and data share a validation, which then must report each of them.
 """
 
 from __future__ import annotations
 
 import argparse
-import pickle
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final
 
 import numpy as np
-from matrix.mutate import clean_validation
-from matrix.overlay import OverlaySource
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table as Grid
 
+from matrix.examine import approved_kernel
+from matrix.mutate import clean_validation
+from matrix.overlay import OverlaySource
 from pyscan.approved.linux import LinuxApproved
 from pyscan.approved.unit import SegmentKind, TableKind
 from pyscan.errors import PyscanError
@@ -46,6 +45,9 @@ _LARGE: Final = 2 << 20
 #: A reported place may begin behind the edited byte, where the edit wrote what was legal.
 _NEAR: Final = 8
 
+#: Edits that share a validation lie at least so many bytes apart.
+_APART: Final = 64
+
 #: Where hooks lead: a function of the kernel (kernel/cred.c).
 _INTO: Final = "commit_creds"
 
@@ -61,11 +63,12 @@ class Edit:
     name: str
     expected: frozenset[str]  # TEXT, DATA and kinds of problems; one of them must come
     make: Callable[[Editor], int]
+    wide: bool = False  # it contradicts many places at once
 
     @property
-    def exact(self) -> bool:
-        """Whether the edited address itself must be reported."""
-        return bool(self.expected & {TEXT, DATA})
+    def narrow(self) -> bool:
+        """Whether it is found by that place alone."""
+        return not (self.wide or self.expected - {TEXT, DATA})
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,10 +189,10 @@ class _Edits:
     rows: list[Edit] = field(default_factory=list)
 
     def __call__(
-        self, name: str, *expected: str
+        self, name: str, *expected: str, wide: bool = False
     ) -> Callable[[Callable[[Editor], int]], Callable[[Editor], int]]:
         def add(make: Callable[[Editor], int]) -> Callable[[Editor], int]:
-            self.rows.append(Edit(name, frozenset(str(each) for each in expected), make))
+            self.rows.append(Edit(name, frozenset(str(each) for each in expected), make, wide))
             return make
 
         return add
@@ -379,7 +382,7 @@ def _(it: Editor) -> int:
 # State that text must agree with: data, so that the text is what is reported
 
 
-@edit("static key flipped without its sites", TEXT)
+@edit("static key flipped without its sites", TEXT, wide=True)
 def _(it: Editor) -> int:
     keys = it.validation.keys.enabled
     address, row = it.site("jump_labels", lambda _a, _r, _c: True)
@@ -389,7 +392,7 @@ def _(it: Editor) -> int:
     return address
 
 
-@edit("static call's key led elsewhere", TEXT)
+@edit("static call's key led elsewhere", TEXT, wide=True)
 def _(it: Editor) -> int:
     address, row = it.site("static_calls", lambda _a, _r, code: code[0] == CALL)
     key = int(it.kernel.resolve(row["key_slot"].reshape(1), row["key_addend"].reshape(1))[0])
@@ -398,7 +401,7 @@ def _(it: Editor) -> int:
     return address + 1
 
 
-@edit("pv_ops led elsewhere", TEXT)
+@edit("pv_ops led elsewhere", TEXT, wide=True)
 def _(it: Editor) -> int:
     address, row = it.site("paravirt", lambda _a, _r, code: code[0] == CALL)
     place = it.target.address("pv_ops") + 8 * int(row["index"])
@@ -406,10 +409,12 @@ def _(it: Editor) -> int:
     return address + 1
 
 
-@edit("return thunk of another name", TEXT)
+@edit("return thunk of another name", TEXT, wide=True)
 def _(it: Editor) -> int:
-    name = "srso_return_thunk" if it.target.has("srso_return_thunk") else _INTO
-    it.write(it.target.address("x86_return_thunk"), it.target.address(name).to_bytes(8, "little"))
+    names = ("srso_return_thunk", "__x86_return_thunk")
+    thunks = [it.target.address(name) for name in names]
+    other = thunks[thunks[0] == it.validation.state.return_thunk]
+    it.write(it.target.address("x86_return_thunk"), other.to_bytes(8, "little"))
     address, _row = it.site("returns", lambda _a, _r, code: code[0] == JMP32)
     return address + 1
 
@@ -503,7 +508,7 @@ def _(it: Editor) -> int:
 # Page tables
 
 
-@edit("text moved, one byte changed", TEXT)
+@edit("text moved, one byte changed", TEXT, wide=True)
 def _(it: Editor) -> int:
     address = _move_text(it)
     form = X86_64[it.target.memory.kernel.paging_levels]
@@ -641,37 +646,70 @@ EDITS: Final = tuple(edit.rows)
 
 
 def try_edits(
-    source: Source, approved: LinuxApproved, edits: Sequence[Edit] = EDITS
+    source: Source,
+    approved: LinuxApproved,
+    edits: Sequence[Edit] = EDITS,
+    *,
+    together: bool = False,
 ) -> list[Outcome]:
-    """Make every edit alone and validate. An edit that has no place here has the note why."""
+    """Make the edits and validate. An edit that has no place here has the note why."""
     before = clean_validation(source, approved)
-    return [_try(before, each) for each in edits]
+    outcomes = {}
+    waiting = [edit for edit in edits if together and edit.narrow]
+    for edit in edits:
+        if edit not in waiting:
+            outcomes.update(_try(before, [edit]))
+    while waiting:
+        done = _try(before, waiting)
+        outcomes.update(done)
+        waiting = [edit for edit in waiting if edit.name not in done]
+    return [outcomes[edit.name] for edit in edits]
 
 
-def _try(before: Validation, edit: Edit) -> Outcome:
+def _try(before: Validation, edits: Sequence[Edit]) -> dict[str, Outcome]:
+    """What came of the first of `edits`, and of those that lie apart from all before them."""
     overlay = OverlaySource(before.attached.source)
+    outcomes, made = {}, []
+    for edit in edits:
+        editor = Editor(before, OverlaySource(overlay))
+        try:
+            address = edit.make(editor)
+        except (NotHere, StopIteration) as error:
+            note = f"not here: {error}"
+            outcomes[edit.name] = Outcome(edit.name, 0, "", frozenset(), True, note)
+            continue
+        if any(abs(address - other) < _APART for _, other in made):
+            continue
+        edit.make(Editor(before, overlay))
+        made.append((edit, address))
     try:
-        address = edit.make(Editor(before, overlay))
-    except (NotHere, StopIteration) as error:
-        return Outcome(edit.name, 0, "", frozenset(), True, f"not here: {error}")
-    place = before.target.place(address)
-    try:
-        after = validate(attach(overlay, [before.attached.approved]))
+        after = validate(attach(overlay, [before.attached.approved])) if made else before
     except PyscanError as error:
-        return Outcome(edit.name, address, place, frozenset({"error"}), False, str(error))
-    new = {str(kind) for kind in _problems(after) - _problems(before)}
-    new = {text.split(" ")[0] for text in new}
+        failed = frozenset({"error"})
+        return outcomes | {
+            edit.name: Outcome(edit.name, address, "", failed, False, str(error))
+            for edit, address in made
+        }
+    for edit, address in made:
+        outcomes[edit.name] = _outcome(edit, address, before, after)
+    return outcomes
+
+
+def _outcome(edit: Edit, address: int, before: Validation, after: Validation) -> Outcome:
+    """Whether a validation tells of an edit."""
+    new = {text.split(" ")[0] for text in _problems(after) - _problems(before)}
     differences = {TEXT: after.text, DATA: after.rodata.code}
     new |= {name for name, result in differences.items() if result.total}
-    exact = not edit.exact or any(
+    at_place = any(
         each.address - _NEAR <= address < each.address + len(each.actual) + _NEAR
         for result in differences.values()
         for each in result.differences
     )
     wanted = new & edit.expected
-    others = not (edit.expected & {TEXT, DATA} and not wanted & {TEXT, DATA})
-    found = bool(wanted) and (exact or not others or bool(wanted - {TEXT, DATA}))
-    note = "" if exact or not wanted & {TEXT, DATA} else "found elsewhere"
+    others = wanted - {TEXT, DATA}
+    found = bool(others) or (bool(wanted) and at_place)
+    note = "found elsewhere" if wanted and not found else ""
+    place = before.target.place(address)
     return Outcome(edit.name, address, place, frozenset(new), found, note)
 
 
@@ -691,15 +729,13 @@ def print_outcomes(outcomes: Sequence[Outcome], console: Console, title: str) ->
 def main(arguments: Sequence[str]) -> int:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(prog="matrix.edits")
-    parser.add_argument("--approved", type=Path, required=True, help="pickled LinuxApproved")
     parser.add_argument("uris", nargs="+")
     options = parser.parse_args(arguments)
-    approved = pickle.loads(options.approved.read_bytes())  # noqa: S301 - made by oneself
     console = Console(width=160)
     missed = 0
     for uri in options.uris:
         with open_source(uri) as source:
-            outcomes = try_edits(source, approved)
+            outcomes = try_edits(source, approved_kernel())
         print_outcomes(outcomes, console, uri)
         missed += sum(not each.found for each in outcomes)
     return 1 if missed else 0

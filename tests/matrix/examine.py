@@ -2,7 +2,9 @@
 
     PYTHONPATH=tests .venv/bin/python -m matrix.examine [options of matrix.run]
 
-The guest runs while it is swept. A boot passes when every sweep of it was approved.
+The guest runs while it is swept. A boot passes when every sweep of it was approved. An attack
+passes when it is found, by who has watched the guest before it and by who comes after it; the
+control, which attacks nothing, when nothing is found.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Final
 
 import numpy as np
 
+from matrix.attacks import Attack, strike
 from matrix.configurations import Boot
 from matrix.run import GUEST_DIR, Row, main
 from matrix.scenario import Scenario
@@ -27,15 +30,21 @@ from pyscan.approved import LinuxApproved, load_approved, save_linux
 from pyscan.compile import compile_packages
 from pyscan.digest import DigestKey, open_digester
 from pyscan.keys import KeyRing, SigningKey
+from pyscan.lab.guest import Guest
 from pyscan.package.deb import open_package
 from pyscan.policy import judge
 from pyscan.records import VerdictState
-from pyscan.scanner import open_scanner
-from pyscan.sources import open_source
+from pyscan.scanner import Sweeper, SweepOptions, SweepResult, open_scanner
+from pyscan.sources import Source, build_uri, open_source
+from pyscan.validate import StateRules
+from pyscan.validate.rules import Rule
 
 #: Sweeps of a guest at rest, and of one that patches itself all the time.
 SWEEPS: Final = 20
 LOAD_SWEEPS: Final = 1000
+#: Rules of an operator on whose machines nothing traces: a registered tracer of an approved
+#: module is a legal state, and found by rules alone.
+HUNT_RULES: Final = StateRules(ftrace=Rule.FORBID, kprobe=Rule.FORBID)
 #: The laboratory's own modules: approved like a package's, so that what they do is judged.
 OWN_MODULES: Final = ("probes.ko", "attack.ko", "tamper.ko")
 
@@ -132,10 +141,61 @@ def sweep_guest(uri: str, boot: Boot, approved: LinuxApproved) -> Row:
     return row
 
 
+def hunt(guest: Guest, attack: Attack) -> Row:
+    """Sweep a running guest, attack it, and say what is found then, as columns of a row."""
+    uri = build_uri("qemu", guest.monitor_qmp)
+    with open_source(uri) as source:
+        with _open_scanner(source) as scanner:
+            before = _judged(scanner.sweep())
+            struck = strike(guest, attack)
+            begin = monotonic()
+            watched = _judged(scanner.sweep())
+            spent_ms = 1e3 * (monotonic() - begin)
+            again = _judged(scanner.sweep())
+        with _open_scanner(source) as scanner:
+            result = scanner.sweep()
+    after = _judged(result)
+    expected = VerdictState.APPROVED if attack.kind == "none" else VerdictState.UNAPPROVED
+    finding = result.sweep.findings[0] if result.sweep.findings else None
+    row: dict[str, object] = {
+        "struck": f"{struck.address:#x}",
+        "found": "yes" if after[0] is VerdictState.UNAPPROVED else "no",
+        "sweep_ms": round(spent_ms),
+        "kind": str(finding.kind) if finding else "",
+        "place": finding.place if finding else "",
+        "expected": finding.expected if finding else "",
+        "actual": finding.actual if finding else "",
+        "reason": after[1],
+    }
+    steps = {"before it": before, "while watched": watched, "again": again, "after it": after}
+    wrong = [
+        f"{step}: {state}: {reason}"
+        for step, (state, reason) in steps.items()
+        if state is not (VerdictState.APPROVED if step == "before it" else expected)
+    ]
+    if wrong:
+        row["failed"] = "\n".join(wrong)
+    return row
+
+
+def _open_scanner(source: Source) -> Sweeper:
+    return open_scanner(
+        source,
+        [approved_kernel()],
+        open_digester("native"),
+        target="attacked",
+        options=SweepOptions(rules=HUNT_RULES),
+    )
+
+
+def _judged(result: SweepResult) -> tuple[VerdictState, str]:
+    return judge(result.sweep)
+
+
 def run(arguments: Sequence[str]) -> int:
     """The command of `make matrix`."""
     approved_kernel()
-    return main(arguments, examine)
+    return main(arguments, examine, hunt)
 
 
 if __name__ == "__main__":

@@ -1,37 +1,40 @@
 """Flip bytes of a stopped kernel's protected memory, each alone, and ask the validator.
 
-    PYTHONPATH=tests .venv/bin/python -m matrix.mutate --approved FILE URI ...
+    PYTHONPATH=tests .venv/bin/python -m matrix.mutate URI ...
 
 An image is validated once and must be clean. A flip is then judged by the comparers of the
 product on the page that it lies in (on the whole segment, where that page holds part of a
 table whose rows may be permuted), which costs milliseconds; a sample is judged by `validate`
 of an overlaid source as well, to prove that the short way says the same.
+
+Data that is read-only after init is counted apart: what the boot alone knows of it cannot be
+found by its package, and is pinned at attach.
 """
 
 from __future__ import annotations
 
 import argparse
-import pickle
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
-from matrix.overlay import OverlaySource
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table as Grid
 
+from matrix.examine import approved_kernel
+from matrix.overlay import OverlaySource
 from pyscan.approved.linux import LinuxApproved
 from pyscan.approved.unit import Segment, SegmentKind
 from pyscan.errors import PyscanError
 from pyscan.records import PAGE_SIZE
 from pyscan.sources import Source, open_source
+from pyscan.validate.after_init import AfterInitComparer, AfterInitResult
 from pyscan.validate.attach import attach
-from pyscan.validate.code import CodeResult, Difference, TextComparer, site_at
+from pyscan.validate.code import CONTEXT, CodeResult, Difference, TextComparer, site_at
 from pyscan.validate.context import SymbolNames
 from pyscan.validate.placed import EDGE, Placed
 from pyscan.validate.predict import Predictor
@@ -41,8 +44,12 @@ from pyscan.validate.validation import Extent, Validation, allowed_of, init_rang
 Bytes = NDArray[np.uint8]
 
 UNIFORM: Final = 3000
-IN_SITES: Final = 1000
+IN_SITES: Final = 1500
+AFTER_INIT: Final = 300
 SAMPLE: Final = 40
+
+#: Class of flips that are counted apart.
+APART: Final = "apart: read-only after init"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +90,9 @@ class Tally:
 
     flips: Counter[str]
     found: Counter[str]
-    misses: list[Miss]
+    misses: list[Miss]  # without those that are counted apart
     sampled: int = 0
-    disagreements: int = 0
+    disagreements: list[Miss] = field(default_factory=list)
 
 
 class Judge:
@@ -109,7 +116,20 @@ class Judge:
         if key not in self._before:
             self._before[key] = self._compare(flip.placed, segment, low, part)
         part[flip.offset - low] = flip.new
-        return self._compare(flip.placed, segment, low, part) != self._before[key]
+        if self._compare(flip.placed, segment, low, part) != self._before[key]:
+            return True
+        return self._finds_in_whole(extent, segment, flip)
+
+    def _finds_in_whole(self, extent: Extent, segment: Segment, flip: Flip) -> bool:
+        """Some places are known to be wrong only together with others."""
+        if segment.kind is not SegmentKind.TEXT:
+            return False
+        whole = extent.legal.copy()
+        whole[flip.offset - extent.offset] = flip.new
+        text = CodeResult()
+        comparer = TextComparer(self._predictor, flip.placed, self._allowed)
+        comparer.compare(extent.offset, whole, np.zeros(len(whole), dtype=bool), text)
+        return bool(text.total)
 
     def _extent(self, flip: Flip) -> Extent:
         for extent in self._validation.extents:
@@ -119,14 +139,17 @@ class Judge:
         raise LookupError(f"{flip.placed.unit.name}+{flip.offset:#x} is not protected")
 
     def _range(self, flip: Flip, segment: Segment) -> tuple[int, int]:
-        """The page with a margin for what straddles its edges, or the segment with a table."""
+        """The page, or the segment where the page has part of a table or is set at boot."""
         end = segment.offset + segment.length
         page = flip.offset & -PAGE_SIZE
-        if segment.kind is not SegmentKind.TEXT:
+        if segment.kind is SegmentKind.RO_AFTER_INIT:
+            return segment.offset, end
+        if segment.kind is SegmentKind.RODATA:
             for table in flip.placed.unit.tables:
                 if page < table.offset + table.length and table.offset < page + PAGE_SIZE:
                     return segment.offset, end
-        return max(segment.offset, page - EDGE), min(end, page + PAGE_SIZE + EDGE)
+        margin = CONTEXT if segment.kind is SegmentKind.TEXT else EDGE
+        return max(segment.offset, page - margin), min(end, page + PAGE_SIZE + margin)
 
     def _compare(
         self, placed: Placed, segment: Segment, start: int, actual: Bytes
@@ -134,15 +157,21 @@ class Judge:
         unread = np.zeros(len(actual), dtype=bool)
         if segment.kind is SegmentKind.TEXT:
             text = CodeResult()
-            TextComparer(self._predictor, placed, self._allowed).compare(
-                start, actual, unread, text
-            )
+            page = -(-start // PAGE_SIZE) * PAGE_SIZE
+            comparer = TextComparer(self._predictor, placed, self._allowed)
+            part = slice(page - start, min(page - start + PAGE_SIZE, len(actual)))
+            comparer.compare(start, actual, unread, text, part)
             return text.differences
-        data = RodataResult()
-        init = init_range(self._validation.target, placed)
-        comparer = RodataComparer(placed, init, self._validation.keys.key_of)
-        comparer.compare(start, actual, unread, data)
-        return data.code.differences
+        found = RodataResult()
+        target = self._validation.target
+        init = init_range(target, placed)
+        rodata = RodataComparer(placed, init, self._validation.keys.key_of)
+        if segment.kind is SegmentKind.RODATA:
+            rodata.compare(start, actual, unread, found)
+        else:
+            after = AfterInitComparer(target, placed, rodata, self._validation.state)
+            after.compare(start, actual, unread, found, AfterInitResult())
+        return found.code.differences
 
 
 def segment_of(placed: Placed, offset: int) -> Segment:
@@ -159,26 +188,32 @@ class Dice:
     def __init__(self, validation: Validation, seed: int) -> None:
         self._random = np.random.default_rng(seed)
         self._validation = validation
-        self._parts = [
-            (extent, segment)
-            for extent in validation.extents
-            for segment in extent.placed.unit.segments
-            if extent.offset <= segment.offset < extent.offset + len(extent.legal)
-            and segment.kind is not SegmentKind.RO_AFTER_INIT
-        ]
-        self._weights = np.array([segment.length for _, segment in self._parts], dtype=float)
 
     def uniform(self, count: int) -> Iterator[Flip]:
         """Flips uniformly over all protected bytes; half of them of a single bit."""
-        which = self._random.choice(
-            len(self._parts), size=count, p=self._weights / self._weights.sum()
-        )
-        for index in which.tolist():
-            extent, segment = self._parts[index]
-            offset = segment.offset + int(self._random.integers(segment.length))
+        for extent, segment, offset in self._places(count, after_init=False):
             vmlinux = extent.placed is self._validation.units.vmlinux
             kind = f"{'kernel' if vmlinux else 'module'} {segment.kind}"
             yield self._flip(kind, extent, offset)
+
+    def after_init(self, count: int) -> Iterator[Flip]:
+        """Flips uniformly over all data that is read-only after init."""
+        for extent, _, offset in self._places(count, after_init=True):
+            yield self._flip(APART, extent, offset)
+
+    def _places(self, count: int, *, after_init: bool) -> Iterator[tuple[Extent, Segment, int]]:
+        parts = [
+            (extent, segment)
+            for extent in self._validation.extents
+            for segment in extent.placed.unit.segments
+            if extent.offset <= segment.offset < extent.offset + len(extent.legal)
+            and (segment.kind is SegmentKind.RO_AFTER_INIT) == after_init
+        ]
+        weights = np.array([segment.length for _, segment in parts], dtype=float)
+        which = self._random.choice(len(parts), size=count, p=weights / weights.sum())
+        for index in which.tolist():
+            extent, segment = parts[index]
+            yield extent, segment, segment.offset + int(self._random.integers(segment.length))
 
     def in_sites(self, count: int) -> Iterator[Flip]:
         """Flips in patch sites and tables: every class as often, any row, any of its bytes."""
@@ -269,15 +304,18 @@ def finds_fully(validation: Validation, flip: Flip) -> bool:
 def mutate(
     source: Source,
     approved: LinuxApproved,
-    counts: tuple[int, int, int] = (UNIFORM, IN_SITES, SAMPLE),
+    counts: tuple[int, int, int, int] = (UNIFORM, IN_SITES, AFTER_INIT, SAMPLE),
     seed: int = 1,
-    progress: Callable[[str], None] = lambda _text: None,
 ) -> Tally:
-    """Flip bytes of one image. `counts`: uniform flips, flips in sites, full validations."""
-    uniform, in_sites, sample = counts
+    """Flip bytes of one image.
+
+    `counts`: uniform flips, flips in sites, flips in data that is read-only after init, and
+    how many of all are validated in full.
+    """
+    uniform, in_sites, after_init, sample = counts
     validation = clean_validation(source, approved)
     dice, judge = Dice(validation, seed), Judge(validation)
-    flips = [*dice.uniform(uniform), *dice.in_sites(in_sites)]
+    flips = [*dice.uniform(uniform), *dice.in_sites(in_sites), *dice.after_init(after_init)]
     tally = Tally(Counter(), Counter(), [])
     verdicts = []
     for flip in flips:
@@ -285,14 +323,16 @@ def mutate(
         verdicts.append(found)
         tally.flips[flip.kind] += 1
         tally.found[flip.kind] += found
-        if not found:
+        if not found and flip.kind != APART:
             tally.misses.append(_miss(flip))
-    progress(f"{len(flips)} flips, {len(tally.misses)} missed; now {sample} in full")
     missed = [row for row, found in enumerate(verdicts) if not found][: sample // 4]
     others = np.random.default_rng(seed).permutation(len(flips)).tolist()
     for row in [*missed, *others][:sample]:
         tally.sampled += 1
-        tally.disagreements += finds_fully(validation, flips[row]) != verdicts[row]
+        fully = finds_fully(validation, flips[row])
+        # Hooks and tables that are read-only after init have checks of their own.
+        if fully != verdicts[row] and not (fully and flips[row].kind == APART):
+            tally.disagreements.append(_miss(flips[row]))
     return tally
 
 
@@ -312,27 +352,29 @@ def print_tally(tally: Tally, console: Console, title: str) -> None:
     for miss in tally.misses:
         console.print(f"missed {miss}", markup=False, soft_wrap=True)
     console.print(
-        f"in full: {tally.sampled} validated from scratch, {tally.disagreements} disagreements"
+        f"in full: {tally.sampled} validated from scratch, {len(tally.disagreements)} disagree"
     )
+    for miss in tally.disagreements:
+        console.print(f"disagrees {miss}", markup=False, soft_wrap=True)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(prog="matrix.mutate")
-    parser.add_argument("--approved", type=Path, required=True, help="pickled LinuxApproved")
-    parser.add_argument("--counts", type=int, nargs=3, default=(UNIFORM, IN_SITES, SAMPLE))
+    parser.add_argument(
+        "--counts", type=int, nargs=4, default=(UNIFORM, IN_SITES, AFTER_INIT, SAMPLE),
+        help="flips anywhere, in sites, in data read-only after init; full validations",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("uris", nargs="+")
     options = parser.parse_args(arguments)
-    approved = pickle.loads(options.approved.read_bytes())  # noqa: S301 - made by oneself
     console = Console(width=160)
     failed = 0
     for uri in options.uris:
         with open_source(uri) as source:
-            uniform, in_sites, sample = options.counts
-            tally = mutate(source, approved, (uniform, in_sites, sample), options.seed)
+            tally = mutate(source, approved_kernel(), tuple(options.counts), options.seed)
         print_tally(tally, console, uri)
-        failed += len(tally.misses) + tally.disagreements
+        failed += len(tally.misses) + len(tally.disagreements)
     return 1 if failed else 0
 
 

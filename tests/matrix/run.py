@@ -37,6 +37,8 @@ from pyscan.sources import build_uri, open_source
 #: What a callable made of a guest: column -> content.
 Row = Mapping[str, object]
 Examine = Callable[[str, Boot], Row]
+#: Looks at a guest, makes the attack, looks again.
+Hunt = Callable[[Guest, Attack], Row]
 
 Entry = TypeVar("Entry", Boot, Attack)
 
@@ -76,9 +78,14 @@ def run_boot(
     examine: Examine,
     save: Path | None = None,
     attack: Attack | None = None,
+    *,
     guest_dir: Path = GUEST_DIR,
+    hunt: Hunt | None = None,
 ) -> Row:
-    """Boot, enter the scenarios, attack, examine; returns the row. Raises pyscan's errors."""
+    """Boot, enter the scenarios, attack, examine; returns the row. Raises pyscan's errors.
+
+    `hunt` does the last two in one, where there is an attack and nothing is saved.
+    """
     options = GuestOptions(
         guest_dir,
         machine=boot.machine,
@@ -93,6 +100,9 @@ def run_boot(
         row["boot_s"] = round(guest.wait_ready(READY_TIMEOUT_S), 1)
         begin = monotonic()
         refused = enter(guest, boot.scenarios)
+        if attack is not None and hunt is not None and save is None:
+            row.update(hunt(guest, attack))
+            return row
         if attack is not None:
             struck = strike(guest, attack)
             row["struck"] = f"{struck.address:#x} at {struck.physical:#x}"
@@ -136,13 +146,15 @@ def run_all(
     jobs: int = 1,
     save: Path | None = None,
     attacks: Sequence[Attack | None] = (None,),
+    *,
+    hunt: Hunt | None = None,
 ) -> list[Row]:
     """Run every boot with every attack, `jobs` at a time; a failure becomes a row."""
     console = Console(stderr=True)
 
     def run_one(boot: Boot, attack: Attack | None) -> Row:
         try:
-            row = run_boot(boot, examine, save, attack)
+            row = run_boot(boot, examine, save, attack, hunt=hunt)
         except PyscanError as error:
             name = boot.name if attack is None else f"{boot.name}+{attack.name}"
             row = {"name": name, "failed": str(error)}
@@ -172,12 +184,16 @@ def print_table(rows: Sequence[Row]) -> None:
             console.print(f"{row['name']} FAILED: {row['failed']}", markup=False, highlight=False)
 
 
-def main(arguments: Sequence[str], examine: Examine = count_pages) -> int:
+def main(arguments: Sequence[str], examine: Examine = count_pages, hunt: Hunt | None = None) -> int:
     """Run what the arguments ask for; returns the exit status."""
     parser = argparse.ArgumentParser(prog="matrix.run", description=__doc__.splitlines()[0])
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="these boots")
     parser.add_argument(
-        "--attack", action="append", default=[], metavar="NAME", help="attack each guest so"
+        "--attack",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help='attack each guest so; "all" for all attacks, each on a guest of its own',
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     parser.add_argument("--save", type=Path, metavar="DIR", help="keep the guests' memory there")
@@ -186,9 +202,9 @@ def main(arguments: Sequence[str], examine: Examine = count_pages) -> int:
     boots = choose(parser, BOOTS, options.only)
     attacks: Sequence[Attack | None] = (None,)
     if options.attack:
-        attacks = choose(parser, ATTACKS, options.attack)
+        attacks = choose(parser, ATTACKS, [] if options.attack == ["all"] else options.attack)
     with unwind_on(signal.SIGTERM):
-        rows = run_all(boots, examine, options.jobs, options.save, attacks)
+        rows = run_all(boots, examine, options.jobs, options.save, attacks, hunt=hunt)
     print_table(rows)
     if options.json is not None:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")

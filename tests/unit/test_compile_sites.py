@@ -135,15 +135,16 @@ def test_paravirt_calls() -> None:
     assert sites.paravirt.tolist() == [(0x40, 24, 7), (0x60, 31, 12)]
 
 
-def alternative(row: int, at: int, by: int, feature: int, length: int, replaced: int) -> bytes:
+def alternative(row: int, at: int, by: int, feature: int, lengths: tuple[int, int]) -> bytes:
     """struct alt_instr of 6.1: two self-relative offsets, feature, two lengths; 12 bytes."""
     start = TABLES + 12 * row
-    return struct.pack("<iiHBB", at - start, by - (start + 4), feature, length, replaced)
+    return struct.pack("<iiHBB", at - start, by - (start + 4), feature, *lengths)
 
 
 def test_alternatives_keep_their_order_and_know_their_runs_of_nops() -> None:
     text = {0x40: b"\x90" * 6, 0x50: b"\x0f\xae\xf0\x90\x90", 0x200: b"\xe8\x00\x00\x00\x00"}
-    table = alternative(0, 0x50, 0x210, 9 * 32 + 3, 5, 0) + alternative(1, 0x40, 0x200, 7, 6, 5)
+    table = alternative(0, 0x50, 0x210, 9 * 32 + 3, (5, 0))
+    table += alternative(1, 0x40, 0x200, 7, (6, 5))
     sites = read(text, (".altinstructions", table))
     assert sites.alternatives.tolist() == [
         (0x50, 0x210, 9 * 32 + 3, 5, 0, 0, 2),
@@ -155,7 +156,7 @@ def test_alternatives_keep_their_order_and_know_their_runs_of_nops() -> None:
 
 @pytest.mark.parametrize(("by", "length", "replaced"), [(0x200, 4, 5), (0x4FE, 5, 5)])
 def test_an_alternative_that_cannot_be_is_refused(by: int, length: int, replaced: int) -> None:
-    table = alternative(0, 0x40, by, 7, length, replaced)
+    table = alternative(0, 0x40, by, 7, (length, replaced))
     with pytest.raises(PackageError, match=r"\.altinstructions refers outside"):
         read({}, (".altinstructions", table))
 

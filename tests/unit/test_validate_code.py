@@ -65,6 +65,7 @@ def compare(
     edits: dict[int, bytes],
     what: Allowed = NOTHING,
     how: PatchState | None = None,
+    *,
     function: int = FUNCTION,
     part: tuple[int, int] = (0, 0x1000),
 ) -> CodeResult:
@@ -106,7 +107,7 @@ def test_a_difference_says_where_and_what() -> None:
 
 
 def test_differences_are_bounded_and_all_are_counted() -> None:
-    result = compare(at_base(), {offset: b"\x90" for offset in range(0, 0x1000, 16)})
+    result = compare(at_base(), dict.fromkeys(range(0, 4096, 16), b"\x90"))
     assert (result.total, len(result.differences)) == (256, DIFFERENCES_MAX)
 
 
@@ -198,6 +199,15 @@ def test_its_thunks_are_those_of_the_sites_register() -> None:
     assert compare(placed, {0x40: branch(0xE9, 0x40, ITS_THUNK)}, what, its).total == 1
     assert compare(placed, legal, NOTHING, its).total == 2
     assert compare(placed, legal, what).total == 2
+
+
+def test_each_site_has_an_its_thunk_of_its_own() -> None:
+    placed = at_base(retpolines=rows(RETPOLINE, (0x40, 0, 0, 5, 0), (0x80, 0, 0, 5, 0)))
+    what = allowed(its={ITS_THUNK: 0, ITS_THUNK + 3: 0})
+    apart = {0x40: branch(0xE8, 0x40, ITS_THUNK), 0x80: branch(0xE8, 0x80, ITS_THUNK + 3)}
+    assert compare(placed, apart, what, state(INDIRECT_THUNK_ITS)).total == 0
+    shared = {offset: branch(0xE8, offset, ITS_THUNK) for offset in (0x40, 0x80)}
+    assert compare(placed, shared, what, state(INDIRECT_THUNK_ITS)).total == 1
 
 
 def test_its_thunks_behind_a_cs_prefix() -> None:

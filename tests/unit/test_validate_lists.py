@@ -169,3 +169,47 @@ def test_noise_ends(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None
             walked = walk(memory, fake.scratch(0), OFFSET, 300)
             assert len(walked.entries) <= 300
             assert walk is chain_entries or walked.broken is not None
+
+
+def test_an_entry_that_came_while_the_list_was_read(
+    fake: FakeTarget, memory: VirtualMemory
+) -> None:
+    """Processes come at the end: the head was read before, or the last entry was."""
+    ring, head = nodes(fake, 4), fake.address("modules")
+    for early in ([head], ring):
+        fake.list("modules", ring[:3])
+        memory.forget()
+        for address in early:
+            memory.u64(address)
+        fake.list("modules", ring)
+        walked = list_entries(memory, head, OFFSET, 1000)
+        assert len(walked.entries) in {3, 4}
+        assert walked.broken is None
+
+
+def test_an_entry_that_went_while_the_list_was_read(
+    fake: FakeTarget, memory: VirtualMemory
+) -> None:
+    ring = nodes(fake, 3)
+    fake.list("modules", ring)
+    for node in ring[:2]:
+        memory.u64(node)
+    fake.list("modules", [ring[0], ring[2]])
+    fake.write(ring[1] + 8, pack(0xDEAD_0000_0000_0122))  # LIST_POISON2
+    walked = list_entries(memory, fake.address("modules"), OFFSET, 1000)
+    assert len(walked.entries) == 3
+    assert walked.broken is None
+
+
+def test_an_entry_that_is_passed_by_in_one_direction(
+    fake: FakeTarget, memory: VirtualMemory
+) -> None:
+    """The way back is sound, but the way on leads over another entry: nobody's work."""
+    ring, other = nodes(fake, 3), fake.scratch(9) + OFFSET
+    fake.list("modules", ring)
+    fake.write(ring[0], pack(other))
+    fake.write(other, pack(ring[2]) + pack(ring[0]))
+    walked = list_entries(memory, fake.address("modules"), OFFSET, 1000)
+    assert walked.broken is not None
+    assert walked.broken.fault is Fault.DISAGREE
+    assert walked.broken.node == ring[2]

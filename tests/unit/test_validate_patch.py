@@ -157,14 +157,14 @@ def test_returns_with_its_go_through_it_in_the_lower_half_of_a_line() -> None:
 @pytest.mark.parametrize(
     ("row", "features", "expected"),
     [
-        ((0, 0, 0, 5, 0), (), "ffd0" "0f1f00"),  # call *%rax
-        ((0, 11, 0, 5, 0), (), "41ffd3" "6690"),  # call *%r11
-        ((0, 11, 0, 6, 1), (), "41ffd3" "0f1f00"),  # with the CS prefix
-        ((0, 7, 1, 5, 0), (), "ffe7cc" "6690"),  # jmp *%rdi; int3
-        ((0, 15, 1, 5, 0), (), "41ffe7cc" "90"),
-        ((0, 0, 0, 5, 0), (RETPOLINE_FEATURE, RETPOLINE_LFENCE), "0faee8" "ffd0"),
-        ((0, 8, 0, 6, 1), (RETPOLINE_FEATURE, RETPOLINE_LFENCE), "0faee8" "41ffd0"),
-        ((0, 0, 1, 5, 0), (RETPOLINE_FEATURE, RETPOLINE_LFENCE), "0faee8" "ffe0"),
+        ((0, 0, 0, 5, 0), (), "ffd00f1f00"),  # call *%rax
+        ((0, 11, 0, 5, 0), (), "41ffd36690"),  # call *%r11
+        ((0, 11, 0, 6, 1), (), "41ffd30f1f00"),  # with the CS prefix
+        ((0, 7, 1, 5, 0), (), "ffe7cc6690"),  # jmp *%rdi; int3
+        ((0, 15, 1, 5, 0), (), "41ffe7cc90"),
+        ((0, 0, 0, 5, 0), (RETPOLINE_FEATURE, RETPOLINE_LFENCE), "0faee8ffd0"),
+        ((0, 8, 0, 6, 1), (RETPOLINE_FEATURE, RETPOLINE_LFENCE), "0faee841ffd0"),
+        ((0, 0, 1, 5, 0), (RETPOLINE_FEATURE, RETPOLINE_LFENCE), "0faee8ffe0"),
         # It does not fit, or is conditional: the call of the thunk stays.
         ((0, 8, 0, 5, 0), (RETPOLINE_FEATURE, RETPOLINE_LFENCE), "e811223344"),
         ((0, 0, 2, 6, 0), (), "e811223344"),
@@ -201,7 +201,7 @@ def test_paravirt_calls() -> None:
     here = window(at_base(paravirt=column))
     patch.patch_paravirt(here, state())
     assert here.bytes_at(0x40, 7) == branch(0xE8, 0x40, FUNCTION) + b"\x66\x90"
-    assert here.bytes_at(0x50, 9).hex() == "0f1f840000000000" "90"
+    assert here.bytes_at(0x50, 9).hex() == "0f1f84000000000090"
     assert here.bytes_at(0x60, 7) == branch(0xE8, 0x60, BUG) + b"\x66\x90"
     # An index beyond pv_ops, which no package has, is as one without a function.
     assert here.bytes_at(0x70, 7) == branch(0xE8, 0x70, BUG) + b"\x66\x90"
@@ -227,14 +227,14 @@ def test_a_replacement_is_padded_and_its_nops_are_merged() -> None:
     code = {0x40: b"\x0f\xae\xf0\x90\x90\x90", 0xC10: b"\x0f\xae\xe8"}
     runs = ((3, 3, 0), (3, 3, 1))
     here = alternated(code, (0x40, 0xC10, FEATURE, 6, 3, 0, 2), runs=runs)
-    assert here.bytes_at(0x40, 6).hex() == "0faee8" "0f1f00"
+    assert here.bytes_at(0x40, 6).hex() == "0faee80f1f00"
 
 
 def test_an_original_keeps_its_code_and_has_its_nops_merged() -> None:
     code = {0x40: b"\x0f\xae\xf0\x90\x90\x90", 0xC10: b"\x0f\xae\xe8"}
     runs = ((3, 3, 0), (3, 3, 1))
     here = alternated(code, (0x40, 0xC10, FEATURE + 1, 6, 3, 0, 2), runs=runs)
-    assert here.bytes_at(0x40, 6).hex() == "0faef0" "0f1f00"
+    assert here.bytes_at(0x40, 6).hex() == "0faef00f1f00"
 
 
 def test_an_alternative_for_the_absence_of_a_feature() -> None:
@@ -267,9 +267,9 @@ def test_a_call_in_a_replacement_keeps_its_target() -> None:
 @pytest.mark.parametrize(
     ("distance", "expected"),
     [
-        (-2, "ebfe" "0f1f00"),  # to itself
-        (0, "eb00" "0f1f00"),
-        (127, "eb7f" "0f1f00"),
+        (-2, "ebfe0f1f00"),  # to itself
+        (0, "eb000f1f00"),
+        (127, "eb7f0f1f00"),
         (128, None),  # out of reach of the short form
         (-3, None),  # backwards: always 5 bytes
         (-100, None),
@@ -319,13 +319,13 @@ def test_jump_labels() -> None:
     patch.patch_jump_labels(here, np.zeros(4, dtype=bool), column)
     assert here.bytes_at(0x40, 5).hex() == "0f1f440000"
     assert here.bytes_at(0x50, 5) == branch(0xE9, 0x50, BASE + 0x20)
-    assert here.bytes_at(0x60, 3).hex() == "6690" "00"
-    assert here.bytes_at(0x70, 3).hex() == "eb8e" "00"
+    assert here.bytes_at(0x60, 3).hex() == "669000"
+    assert here.bytes_at(0x70, 3).hex() == "eb8e00"
     patch.patch_jump_labels(here, np.ones(4, dtype=bool), column)
     assert here.bytes_at(0x40, 5) == branch(0xE9, 0x40, BASE + 0x90)
     assert here.bytes_at(0x50, 5).hex() == "0f1f440000"
-    assert here.bytes_at(0x60, 3).hex() == "eb3e" "00"
-    assert here.bytes_at(0x70, 3).hex() == "6690" "00"
+    assert here.bytes_at(0x60, 3).hex() == "eb3e00"
+    assert here.bytes_at(0x70, 3).hex() == "669000"
 
 
 # Static calls: __static_call_transform()
@@ -334,9 +334,7 @@ def test_jump_labels() -> None:
 def call_site(tail: int, length: int, function: int, *features: int, before: str = "") -> bytes:
     column = rows(STATIC_CALL, (0x40, 0, 0, tail, length, 0))
     here = window(at_base({0x40: bytes.fromhex(before)}, static_calls=column))
-    patch.patch_static_calls(
-        here, np.array([function], dtype=np.uint64), column, state(*features)
-    )
+    patch.patch_static_calls(here, np.array([function], dtype=np.uint64), column, state(*features))
     return here.bytes_at(0x40, length)
 
 
@@ -363,13 +361,13 @@ def test_static_call_trampolines_keep_their_mark() -> None:
     here = window(placed)
     patch.patch_trampolines(here, np.array([FUNCTION, 0], dtype=np.uint64), column, state())
     assert here.bytes_at(0x40, 8) == branch(0xE9, 0x40, FUNCTION) + b"\x0f\xb9\xcc"
-    assert here.bytes_at(0x48, 8).hex() == "c3cccccccc" "0fb9cc"
+    assert here.bytes_at(0x48, 8).hex() == "c3cccccccc0fb9cc"
 
 
 def test_ftrace_calls_are_nops() -> None:
     here = window(at_base({0x40: b"\xe8\1\2\3\4"}, mcount=offsets(0x40)))
     patch.patch_mcount(here)
-    assert here.bytes_at(0x40, 6).hex() == "0f1f440000" "00"
+    assert here.bytes_at(0x40, 6).hex() == "0f1f44000000"
 
 
 # All of it

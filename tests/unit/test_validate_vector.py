@@ -129,7 +129,7 @@ def test_namesakes_are_told_apart(fake: FakeValidation) -> None:
         placed = replace(validation.units.vmlinux, unit=replace(unit, symbols=symbols))
         validation.units = PlacedUnits(placed, (), (), {})
         validation.target = replace(validation.target, names=type(validation.target.names)(symbols))
-        found = PlaceNames(validation.target, validation.units)
+        found = PlaceNames(validation.units)
         assert found.key(fake.base + 0x42_4000) == "key_b@0x424000"
         assert found.key(fake.base + 0x42_4010) == "key_b@0x424010"
         assert found.text(fake.base + 0x42_4010) == "key_b"
