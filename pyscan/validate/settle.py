@@ -32,8 +32,10 @@ from pyscan.validate.validation import TRACE_ENTRIES, Validation, allowed_of
 #: How often a page that differs in a way that no patching explains is read again.
 REREADS: Final = 3
 #: How long what is legal under another state may take to agree with the state. Switching the
-#: function tracer under emulation patches 35,000 places in two to three seconds.
-SETTLE_S: Final = 10.0
+#: function tracer under emulation patches 35,000 places in two to three seconds; a key or a call
+#: has a few hundred places at most.
+TRACING_S: Final = 10.0
+SETTLE_S: Final = 2.0
 _PAUSE_S: Final = 0.001
 _PAUSE_MAX_S: Final = 0.2
 #: Pages that are followed; more than that is no patching in progress of any kernel that
@@ -95,7 +97,7 @@ def settle(validation: Validation, pages: Iterable[Page]) -> Settled:
         last = round_.reading
         found = CodeResult()
         still: list[Page] = []
-        patient = True
+        patient, patience_s = True, TRACING_S
         for page in waiting:
             result = CodeResult()
             content, status = round_.compare(units[page[0]], page[1], result)
@@ -107,10 +109,12 @@ def settle(validation: Validation, pages: Iterable[Page]) -> Settled:
                 patient &= all(
                     _in_progress(validation.target, placed, each) for each in result.differences
                 )
+                if any(each.site != "ftrace call" for each in result.differences):
+                    patience_s = SETTLE_S
                 _merge(found, result)
         waiting = still
         elapsed = time.monotonic() - started
-        if elapsed > SETTLE_S or (reads >= REREADS and not patient):
+        if elapsed > patience_s or (reads >= REREADS and not patient):
             break
         if waiting:
             time.sleep(pause)

@@ -210,9 +210,7 @@ def _read(
     return actual, statuses
 
 
-def allowed_of(
-    target: Target, ftrace: Sequence[FtraceOps], kprobes: Sequence[Kprobe]
-) -> Allowed:
+def allowed_of(target: Target, ftrace: Sequence[FtraceOps], kprobes: Sequence[Kprobe]) -> Allowed:
     """What the target has registered that shows in its text."""
     # Of an ops that made none, the field is of no use; nobody checks where it leads.
     trampolines = [ops.trampoline for ops in ftrace if ops.flags & FTRACE_ALLOC_TRAMP]

@@ -195,7 +195,7 @@ class Machine:
         """Physical address of every word outside text that a structure or a table has."""
         base = self.kernel.physical_base
         words = self.pages.reshape(-1).view("<u8")
-        used = words != 0
+        used: NDArray[np.bool_] = np.not_equal(words, 0)
         code = np.concatenate([self.code, np.arange(PACK_GPA, PACK_GPA + 2 * MIB)])
         used[code >> 3] = False
         for offset in {**SYMBOLS, **NAMES}.values():

@@ -42,8 +42,8 @@ def make_patched_module() -> bytes:
     """The file of the module."""
     ko = Ko()
     code = bytearray(b"\xcc" * _TEXT_BYTES)
-    for at, data in CODE.items():
-        code[at : at + len(data)] = data
+    for at, instruction in CODE.items():
+        code[at : at + len(instruction)] = instruction
     text = ko.section(".text", ALLOC | EXEC, bytes(code), 16)
     replacement = ko.section(".altinstr_replacement", ALLOC | EXEC, _REPLACEMENT)
     # A trampoline: jmp or ret, int3, and the mark `ud1 %esp, %ecx`.

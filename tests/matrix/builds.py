@@ -180,7 +180,7 @@ def examine_build(release: str, scratch: Path, boots: Sequence[Boot]) -> Iterato
     own = build_own(release, version, scratch)
     status, said, took = approve([deb, own], out, key)
     if status != ExitStatus.APPROVED:
-        yield {"release": release, **took, "failed": said}
+        yield {"name": release, "release": release, **took, "failed": said}
         return
     approved, _ = load_approved(out, KeyRing.of({"builds": signing.public}))
     if not isinstance(approved, LinuxApproved):
@@ -195,7 +195,8 @@ def examine_build(release: str, scratch: Path, boots: Sequence[Boot]) -> Iterato
             )
         except PyscanError as error:
             row = {"name": boot.name, "failed": str(error)}
-        yield {"release": release, **took, **row, "name": f"{release} {row['name']}"}
+        named = {"name": f"{release} {row['name']}"}
+        yield {**named, "release": release, **took, **row, **named}
 
 
 def examine_refused(release: str, scratch: Path) -> Row:

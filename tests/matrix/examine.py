@@ -163,8 +163,6 @@ def hunt(guest: Guest, attack: Attack) -> Row:
         "sweep_ms": round(spent_ms),
         "kind": str(finding.kind) if finding else "",
         "place": finding.place if finding else "",
-        "expected": finding.expected if finding else "",
-        "actual": finding.actual if finding else "",
         "reason": after[1],
     }
     steps = {"before it": before, "while watched": watched, "again": again, "after it": after}
