@@ -258,9 +258,15 @@ _READERS: Final = {
 
 def _unmatched(ours: I64, theirs: I64) -> tuple[I64, I64]:
     """Indices of rows of each that the other has not, as often; both sorted by content."""
+    if np.array_equal(_sorted(ours), _sorted(theirs)):  # the rule, and quicker
+        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     _, which = np.unique(np.concatenate((ours, theirs)), axis=0, return_inverse=True)
     mine, other = which.reshape(-1)[: len(ours)], which.reshape(-1)[len(ours) :]
     return _surplus(mine, other), _surplus(other, mine)
+
+
+def _sorted(rows: I64) -> I64:
+    return rows[np.lexsort(rows.T[::-1])]
 
 
 def _surplus(rows: I64, others: I64) -> I64:

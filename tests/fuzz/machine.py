@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Final
 
 import numpy as np
-from fake_target import DATA, SYMBOLS
+from fake_target import DATA, IMAGE_BYTES, SYMBOLS
 from fuzz.legal import CALL, JUMP, NOP5, RETURN, branch, sites_of, swapped, table_groups
 from fuzz.made_machine import MIB, NAMES, PACK, PACK_GPA, SLOTS, TRACER, MachineMaker
 from numpy.typing import NDArray
@@ -123,9 +123,9 @@ class Machine:
             ram = np.fromfile(made.path, dtype=np.uint8)
         self.pages = ram.reshape(-1, PAGE_SIZE)
         self._statuses = np.zeros(len(self.pages), dtype=np.uint8)
-        self._written = self.pages.any(axis=1)
+        self._written = _nonzero(self.pages)
         self._settle(made)
-        self._written = self.pages.any(axis=1)
+        self._written = _nonzero(self.pages)
         with self.edited(()) as source:
             self.kernel: KernelImage = find_kernel(source)
             self.healthy = validate(attach(source, [self.approved]))
@@ -195,11 +195,11 @@ class Machine:
         """Physical address of every word outside text that a structure or a table has."""
         base = self.kernel.physical_base
         words = self.pages.reshape(-1).view("<u8")
-        used: NDArray[np.bool_] = np.not_equal(words, 0)
+        used: NDArray[np.bool_] = words != 0
         code = np.concatenate([self.code, np.arange(PACK_GPA, PACK_GPA + 2 * MIB)])
         used[code >> 3] = False
         for offset in {**SYMBOLS, **NAMES}.values():
-            if offset >= DATA:
+            if DATA <= offset < IMAGE_BYTES:
                 first = (base + offset) >> 3
                 used[first : first + 8] = True
         return np.flatnonzero(used) << 3
@@ -287,6 +287,12 @@ class Machine:
 def machine() -> Machine:
     """The machine of this process."""
     return Machine()
+
+
+def _nonzero(pages: Pages) -> NDArray[np.bool_]:
+    """Which pages hold anything."""
+    found: NDArray[np.bool_] = pages.max(axis=1) > 0
+    return found
 
 
 def _map_of(written: NDArray[np.bool_]) -> MemoryMap:

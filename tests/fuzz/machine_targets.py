@@ -45,6 +45,8 @@ from pyscan.validate.invariants import check_invariants
 from pyscan.validate.memory import walk_kernel
 from pyscan.validate.objects import read_structures
 from pyscan.validate.problem import PROBLEMS_MAX, Problems
+from pyscan.validate.recheck import recheck
+from pyscan.validate.starting import is_starting
 
 Bytes = NDArray[np.uint8]
 Flags = NDArray[np.bool_]
@@ -112,6 +114,7 @@ def fuzz_validate(data: bytes) -> None:
         edits = [replace(edit, mode=_CODE + edit.mode % len(CODE_MODES)) for edit in edits]
     with made.edited(edits) as source, suppress(PyscanError):
         attached = attach(source, [made.approved], made.kernel)
+        is_starting(attached)
         validation = validate(attached)
         probes = [probe.address for probe in validation.structures.kprobes]
         judge = _law().everywhere if code_only else _law().outside_sites(probes)
@@ -123,6 +126,8 @@ def fuzz_validate(data: bytes) -> None:
         text = {page for page in wrong if page in validation.text.pages}
         _judge(validation, wrong, exact=code_only)
         assert settled.differences_total or not text
+        changed = recheck(validation)
+        assert not (code_only and changed) or validation.problems.total
         _use(validation, source)
 
 

@@ -71,6 +71,10 @@ NAMES: Final = {
     "node_states": DATA + 0x2_3300,
     "nr_node_ids": DATA + 0x2_3380,
     "poking_mm": DATA + 0x2_3388,
+    "system_state": DATA + 0x2_3390,
+    "__per_cpu_offset": DATA + 0x2_3400,
+    # In the area of each CPU: link addresses count from zero.
+    "cpu_tlbstate": (1 << 64) - LINK + 0x100,
 }
 LAYOUT: Final = {
     "cpuinfo_x86.x86_vendor_id": 16 + 24 * 4,
@@ -241,7 +245,9 @@ class MachineMaker:
             "off_key": 0,
             "__SCK__theirs": address("_printk"),
             "__SCK__zero": address("__static_call_return0"),
-            "nr_cpu_ids": 1,
+            "system_state": 3,  # SYSTEM_RUNNING
+            "nr_cpu_ids": 2,
+            "__per_cpu_offset": self.fake.fake.scratch(8),
             "nr_node_ids": 1,
             "node_states": 1,
         }.items():
@@ -261,6 +267,9 @@ class MachineMaker:
         fake.write(space + OFFSETS["mm_struct.pgd"], pack(self.kernel.direct(PROCESS_GPA)))
         fake.write(head, pack(node, node))
         fake.write(node, pack(head, head))
+        fake.write(scratch(8) + 0x100, pack(space))  # loaded by a CPU, the other has none
+        self.fake.word(NAMES["__per_cpu_offset"] + 8, scratch(9))
+        self.fake.word(NAMES["poking_mm"], space)
         ops = scratch(1)
         fake.put("ftrace_ops_list", pack(ops))
         words = (fake.address("kernel_function"), fake.address("ftrace_list_end"), 0x800, TRACER)

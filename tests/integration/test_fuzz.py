@@ -19,7 +19,7 @@ GROUPS = {
     "attach": ("attach",),
     "validate": ("validate",),
 }
-SECONDS = {"package": 7, "attach": 55, "validate": 55}
+SECONDS = {"package": 5, "attach": 50, "validate": 50}
 TARGETS_OF = [(group, name) for group, names in GROUPS.items() for name in names]
 
 

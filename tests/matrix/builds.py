@@ -46,6 +46,9 @@ _PACKAGE: Final = re.compile(
 #: ABI and flavour of a release.
 _RELEASE: Final = re.compile(r"(.+?)-((?:cloud-|rt-)?)amd64")
 
+#: Sweeps of a guest that patches itself all the time.
+LOAD_SWEEPS: Final = 200
+
 #: What each build is booted on. The larger memory is for the initramfs.
 BOOTS: Final = (
     Boot("max", memory_mib=1024, scenarios=(Scenario.MODULES,)),
@@ -191,7 +194,9 @@ def examine_build(release: str, scratch: Path, boots: Sequence[Boot]) -> Iterato
         row: Row
         try:
             row = run_boot(
-                boot, lambda uri, boot: sweep_guest(uri, boot, approved), guest_dir=guest_dir
+                boot,
+                lambda uri, boot: sweep_guest(uri, boot, approved, LOAD_SWEEPS),
+                guest_dir=guest_dir,
             )
         except PyscanError as error:
             row = {"name": boot.name, "failed": str(error)}

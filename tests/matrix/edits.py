@@ -669,7 +669,8 @@ def try_edits(
 def _try(before: Validation, edits: Sequence[Edit]) -> dict[str, Outcome]:
     """What came of the first of `edits`, and of those that lie apart from all before them."""
     overlay = OverlaySource(before.attached.source)
-    outcomes, made = {}, []
+    outcomes: dict[str, Outcome] = {}
+    made: list[tuple[Edit, int]] = []
     for edit in edits:
         editor = Editor(before, OverlaySource(overlay))
         try:

@@ -91,9 +91,11 @@ def examine(uri: str, boot: Boot) -> Row:
     return sweep_guest(uri, boot, approved_kernel())
 
 
-def sweep_guest(uri: str, boot: Boot, approved: LinuxApproved) -> Row:
+def sweep_guest(
+    uri: str, boot: Boot, approved: LinuxApproved, load_sweeps: int = LOAD_SWEEPS
+) -> Row:
     """Sweep a running guest and say what was found, as columns of a row."""
-    sweeps = LOAD_SWEEPS if Scenario.LOAD in boot.scenarios else SWEEPS
+    sweeps = load_sweeps if Scenario.LOAD in boot.scenarios else SWEEPS
     bad: list[str] = []
     times, transient, pages = [], 0, 0
     with (

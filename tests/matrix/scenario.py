@@ -120,5 +120,6 @@ def enter(guest: Guest, scenarios: Iterable[Scenario]) -> tuple[str, ...]:
         for command in COMMANDS[scenario]:
             guest.shell(command, COMMAND_TIMEOUT_S)
     # The kernel patches some places as deferred work, milliseconds after what asked for it.
-    guest.shell("usleep 500000")
-    return tuple(guest.shell(f"cat {_REFUSED} 2>/dev/null; true").split())
+    guest.shell("usleep 500000", COMMAND_TIMEOUT_S)
+    refused = guest.shell(f"cat {_REFUSED} 2>/dev/null; true", COMMAND_TIMEOUT_S)
+    return tuple(refused.split())
