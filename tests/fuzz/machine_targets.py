@@ -34,7 +34,9 @@ from pyscan.validate import (
     baseline,
     count_findings,
     findings,
+    is_starting,
     judge_state,
+    recheck,
     settle,
     state_vector,
     take_over,
@@ -45,8 +47,6 @@ from pyscan.validate.invariants import check_invariants
 from pyscan.validate.memory import walk_kernel
 from pyscan.validate.objects import read_structures
 from pyscan.validate.problem import PROBLEMS_MAX, Problems
-from pyscan.validate.recheck import recheck
-from pyscan.validate.starting import is_starting
 
 Bytes = NDArray[np.uint8]
 Flags = NDArray[np.bool_]
