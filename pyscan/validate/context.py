@@ -40,14 +40,11 @@ class SymbolNames:
     def __init__(self, symbols: Symbols) -> None:
         self._offsets: list[int] = symbols.offsets.tolist()
         self._starts: list[int] = symbols.starts.tolist()
-        self._kinds = symbols.kinds
         self._data = symbols.names.tobytes()
         self._by_name: dict[str, int] = {}
         self._shared: frozenset[bytes] | None = None  # made when it is asked for
         for row in range(len(self._starts)):
             self._by_name.setdefault(self._name(row), self._offsets[row])
-        functions = symbols.offsets[symbols.kinds == SymbolKind.FUNCTION]
-        self.functions: NDArray[np.int64] = np.unique(functions)
 
     def offset(self, name: str) -> int | None:
         """Offset of the first symbol of that name, or None."""
@@ -95,6 +92,13 @@ def names_of(symbols: Symbols) -> SymbolNames:
     return SymbolNames(symbols)
 
 
+@lru_cache(maxsize=1024)
+def function_offsets(symbols: Symbols) -> U64:
+    """Offsets of a unit's functions, ascending; one array for all targets."""
+    offsets = symbols.offsets[symbols.kinds == SymbolKind.FUNCTION]
+    return np.unique(offsets).astype(np.uint64)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Target:
     """One attached kernel. `of` builds it; `with_modules` and `with_functions` add to it."""
@@ -105,20 +109,19 @@ class Target:
     virtual_base: int  # of the first byte of vmlinux' image
     physical_base: int
     modules: tuple[LoadedModule, ...] = ()
-    functions: tuple[U64, ...] = ()  # entries of functions: sorted arrays of addresses
+    functions: tuple[tuple[int, U64], ...] = ()  # entries: a base, and ascending offsets from it
 
     @classmethod
     def of(cls, memory: VirtualMemory, approved: LinuxApproved, kernel: KernelImage) -> Self:
         """The context of a kernel that was found at `kernel`."""
         names = names_of(approved.vmlinux.symbols)
-        base = np.uint64(kernel.virtual_base)
         return cls(
             memory=memory,
             approved=approved,
             names=names,
             virtual_base=kernel.virtual_base,
             physical_base=kernel.physical_base,
-            functions=(np.sort(base + names.functions.astype(np.uint64)),),
+            functions=((kernel.virtual_base, function_offsets(approved.vmlinux.symbols)),),
         )
 
     @property
@@ -135,9 +138,9 @@ class Target:
         """This context with the modules that are loaded."""
         return replace(self, modules=modules)
 
-    def with_functions(self, addresses: U64) -> Target:
-        """This context with further entries of functions, such as a module's."""
-        return replace(self, functions=(*self.functions, np.unique(addresses)))
+    def with_functions(self, base: int, offsets: U64) -> Target:
+        """This context with further entries of functions, such as a module's, ascending."""
+        return replace(self, functions=(*self.functions, (base, offsets)))
 
     def has(self, symbol: str) -> bool:
         """Whether vmlinux has a symbol of that name."""
@@ -178,10 +181,11 @@ class Target:
     def are_functions(self, addresses: U64) -> NDArray[np.bool_]:
         """Which addresses are the entry of a function of vmlinux or a placed module."""
         found = np.zeros(len(addresses), dtype=bool)
-        for entries in self.functions:
+        for base, entries in self.functions:
             if len(entries):
-                row = np.minimum(np.searchsorted(entries, addresses), len(entries) - 1)
-                found |= entries[row] == addresses
+                offsets = addresses - np.uint64(base)
+                row = np.minimum(np.searchsorted(entries, offsets), len(entries) - 1)
+                found |= entries[row] == offsets
         return found
 
     def is_function(self, address: int) -> bool:

@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from pyscan.approved.unit import Slot, SlotKind, SymbolKind, Unit
+from pyscan.approved.unit import Slot, SlotKind, Unit
 from pyscan.validate.context import Target
 from pyscan.validate.objects import LoadedModule
 from pyscan.validate.placed import Placed, place
@@ -72,13 +72,6 @@ def place_units(target: Target, problems: Problems) -> PlacedUnits:
     )
     units = (vmlinux, *(each.placed for each in modules))
     return PlacedUnits(vmlinux, modules, tuple(unknown), _trampoline_keys(units))
-
-
-def function_entries(placed: Placed) -> U64:
-    """Virtual addresses of a unit's functions, ascending."""
-    symbols = placed.unit.symbols
-    offsets = symbols.offsets[symbols.kinds == SymbolKind.FUNCTION]
-    return np.unique(np.uint64(placed.address) + offsets.astype(np.uint64))
 
 
 def _fits(unit: Unit, module: LoadedModule) -> bool:

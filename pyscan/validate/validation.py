@@ -15,7 +15,7 @@ from pyscan.records import PAGE_SIZE, PageStatus
 from pyscan.validate.after_init import AfterInitComparer, AfterInitResult
 from pyscan.validate.attach import Attached
 from pyscan.validate.code import Allowed, CodeResult, Probe, TextComparer
-from pyscan.validate.context import Target
+from pyscan.validate.context import Target, function_offsets
 from pyscan.validate.invariants import check_invariants
 from pyscan.validate.objects import FtraceOps, Kprobe, Structures, read_structures
 from pyscan.validate.ownership import FTRACE_ALLOC_TRAMP
@@ -26,7 +26,7 @@ from pyscan.validate.reader import KeyReader, read_state
 from pyscan.validate.rodata import InitRange, RodataComparer, RodataResult
 from pyscan.validate.state import PatchState
 from pyscan.validate.thunks import Thunks
-from pyscan.validate.units import PlacedUnits, function_entries, place_units
+from pyscan.validate.units import PlacedUnits, place_units
 
 U64 = NDArray[np.uint64]
 
@@ -101,7 +101,8 @@ def validate(attached: Attached) -> Validation:
     clock.lap("structures")
     units = place_units(target, problems)
     for module in units.modules:
-        target = target.with_functions(function_entries(module.placed))
+        placed = module.placed
+        target = target.with_functions(placed.address, function_offsets(placed.unit.symbols))
     clock.lap("place")
     state = read_state(target)
     keys = KeyReader(target, units.keys, problems)

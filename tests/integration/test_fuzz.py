@@ -19,7 +19,7 @@ GROUPS = {
     "attach": ("attach",),
     "validate": ("validate",),
 }
-SECONDS = {"package": 5, "attach": 50, "validate": 50}
+SECONDS = {"package": 8, "attach": 60, "validate": 60}
 TARGETS_OF = [(group, name) for group, names in GROUPS.items() for name in names]
 
 

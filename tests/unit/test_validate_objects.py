@@ -254,7 +254,7 @@ def test_functions(fake: FakeTarget, target: Target) -> None:
     assert not target.is_function(fake.address("kernel_function") + 1)
     assert not target.is_function(fake.address("idt_table"))
     assert not target.is_function(-1)
-    more = target.with_functions(np.array([MODULES + 0x10], dtype=np.uint64))
+    more = target.with_functions(MODULES, np.array([0x10], dtype=np.uint64))
     assert more.is_function(MODULES + 0x10)
     assert more.is_function(fake.address("kernel_function"))
     assert not target.is_function(MODULES + 0x10)
