@@ -88,11 +88,11 @@ def _compile(scratch: Path) -> LinuxApproved:
 
 def examine(uri: str, boot: Boot) -> Row:
     """Sweep a running guest of the matrix."""
-    return sweep_guest(uri, boot, approved_kernel())
+    return sweep_guest(uri, boot, approved_kernel(), LOAD_SWEEPS)
 
 
 def sweep_guest(
-    uri: str, boot: Boot, approved: LinuxApproved, load_sweeps: int = LOAD_SWEEPS
+    uri: str, boot: Boot, approved: LinuxApproved, load_sweeps: int
 ) -> Row:
     """Sweep a running guest and say what was found, as columns of a row."""
     sweeps = load_sweeps if Scenario.LOAD in boot.scenarios else SWEEPS

@@ -280,7 +280,7 @@ def test_no_file_to_read(tmp_path: Path, make: Callable[[Path], object], match: 
 
 
 @pytest.mark.parametrize(
-    "name", ["missing/file", "file/inside", ".", "directory", "x" * 250, "x" * 300, "dangling/x"]
+    "name", ["missing/file", "file/inside", ".", "directory", "x" * 254, "x" * 300, "dangling/x"]
 )
 def test_nowhere_to_write(tmp_path: Path, name: str) -> None:
     (tmp_path / "directory").mkdir()
