@@ -20,7 +20,14 @@ from numpy.typing import NDArray
 from pyscan.records import PAGE_SHIFT, PAGE_SIZE, PageStatus
 from pyscan.validate.code import CONTEXT, CodeResult, Difference, TextComparer, site_span
 from pyscan.validate.context import Target
-from pyscan.validate.objects import FtraceOps, Kprobe, read_ftrace, read_kprobes
+from pyscan.validate.memory import AccessFailed
+from pyscan.validate.objects import (
+    FtraceOps,
+    Kprobe,
+    read_ftrace,
+    read_kprobes,
+    read_slot_pages,
+)
 from pyscan.validate.patch import CALL, INT3, JMP8, JMP32, NOP5, NOPS, RETURN, RETURN_ZERO
 from pyscan.validate.placed import Placed
 from pyscan.validate.predict import Predictor
@@ -51,6 +58,7 @@ _FORMS: Final = {
 }
 
 _BRANCH_BYTES: Final = 5
+_OPTIMISED_SLOTS: Final = "kprobe_optinsn_slots"
 
 Page = tuple[str, int]  # name of the unit, offset of the page
 
@@ -107,7 +115,8 @@ def settle(validation: Validation, pages: Iterable[Page]) -> Settled:
                 still.append(page)
                 placed = units[page[0]]
                 patient &= all(
-                    _in_progress(validation.target, placed, each) for each in result.differences
+                    _in_progress(validation.target, placed, each) or round_.may_be_a_probe(each)
+                    for each in result.differences
                 )
                 if any(each.site != "ftrace call" for each in result.differences):
                     patience_s = SETTLE_S
@@ -141,6 +150,27 @@ class _Round:
         self._target = target
         self._predictor = Predictor(self.reading.state, self.reading.keys.keys())
         self._allowed = allowed_of(target, self.reading.ftrace, self.reading.kprobes)
+        self._slots = [
+            page.address
+            for page in read_slot_pages(target, problems)
+            if page.cache == _OPTIMISED_SLOTS
+        ]
+
+    def may_be_a_probe(self, difference: Difference) -> bool:
+        """Whether the bytes may be a probe's that is being put in place or taken away.
+
+        Its breakpoint, or a jump into the pages of such jumps: both outlive the probe's entry in
+        the table (kernel/kprobes.c, unoptimize_kprobe and kprobe_optimizer).
+        """
+        if difference.actual[0] == INT3:
+            return True
+        try:
+            code = self._target.memory.read(difference.address, _BRANCH_BYTES)
+        except AccessFailed:
+            return False
+        distance = int.from_bytes(code[1:], "little", signed=True)
+        slot = difference.address + _BRANCH_BYTES + distance
+        return code[0] == JMP32 and any(page <= slot < page + PAGE_SIZE for page in self._slots)
 
     def compare(
         self, placed: Placed, offset: int, result: CodeResult

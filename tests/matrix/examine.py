@@ -91,9 +91,7 @@ def examine(uri: str, boot: Boot) -> Row:
     return sweep_guest(uri, boot, approved_kernel(), LOAD_SWEEPS)
 
 
-def sweep_guest(
-    uri: str, boot: Boot, approved: LinuxApproved, load_sweeps: int
-) -> Row:
+def sweep_guest(uri: str, boot: Boot, approved: LinuxApproved, load_sweeps: int) -> Row:
     """Sweep a running guest and say what was found, as columns of a row."""
     sweeps = load_sweeps if Scenario.LOAD in boot.scenarios else SWEEPS
     bad: list[str] = []
