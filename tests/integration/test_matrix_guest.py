@@ -30,7 +30,7 @@ MODULES_MIN = 50
 @pytest.fixture(scope="module")
 def used_guest(guest_dir: Path) -> Iterator[Guest]:
     """A guest that goes from one scenario to the next."""
-    options = GuestOptions(guest_dir, initrd=INITRD, cpus=2)
+    options = GuestOptions(guest_dir, initrd=INITRD)
     with RunDirectory() as run, Guest(options, run) as guest:
         guest.wait_ready()
         yield guest
