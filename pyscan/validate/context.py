@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyscan.approved.linux import LinuxApproved
-from pyscan.approved.unit import VMLINUX, SlotKind, SymbolKind, Symbols, Unit
+from pyscan.approved.unit import VMLINUX, SymbolKind, Symbols
 from pyscan.errors import ApprovedFileError
 from pyscan.kernel.discover import KernelImage
 from pyscan.validate.memory import VirtualMemory
+from pyscan.validate.placed import place
 
 if TYPE_CHECKING:
     from pyscan.validate.objects import LoadedModule
@@ -31,7 +32,6 @@ U64 = NDArray[np.uint64]
 _NAME_MAX: Final = 512
 
 _ADDRESS_MASK: Final = (1 << 64) - 1
-_RELOCATED: Final = {SlotKind.BASE: 1, SlotKind.NEGATED_BASE: -1}
 
 
 class SymbolNames:
@@ -213,27 +213,5 @@ class Target:
         unit = self.approved.vmlinux
         if not 0 <= offset <= offset + length <= len(unit.image):
             return None
-        data = unit.image[offset : offset + length].copy()
-        self._relocate(unit, unit.relocations64, 8, data, offset)
-        self._relocate(unit, unit.relocations32, 4, data, offset)
-        return data.tobytes()
-
-    def _relocate(
-        self,
-        unit: Unit,
-        table: NDArray[np.void],
-        width: int,
-        data: NDArray[np.uint8],
-        first: int,
-    ) -> None:
-        """Apply the relocations that lie wholly in `data`, which begins at `first`."""
-        offsets = table["offset"].astype(np.int64)
-        inside = (offsets >= first) & (offsets + width <= first + len(data))
-        for row in np.flatnonzero(inside).tolist():
-            sign = _RELOCATED.get(unit.slots[int(table["slot"][row])].kind)
-            if sign is None:
-                continue
-            at = int(offsets[row]) - first
-            value = int.from_bytes(data[at : at + width].tobytes(), "little")
-            value = (value + sign * self.slide) & ((1 << 8 * width) - 1)
-            data[at : at + width] = np.frombuffer(value.to_bytes(width, "little"), np.uint8)
+        placed = place(unit, self.virtual_base, lambda _slot: None)
+        return placed.relocated(offset, offset + length)[0].tobytes()

@@ -19,6 +19,7 @@ from pyscan.validate.context import Target
 from pyscan.validate.memory import AccessFailed, Unreadable
 from pyscan.validate.objects import PACK_CHUNK, FtraceOps, Kprobe, Structures, read_ops
 from pyscan.validate.ownership import FTRACE_ALLOC_TRAMP, Owner, OwnerKind
+from pyscan.validate.patch import CALL, INT3, JMP32, NOPS, branch, branch_target
 from pyscan.validate.problem import ProblemKind, Problems
 from pyscan.validate.thunks import thunks_in
 
@@ -47,27 +48,10 @@ _DETOUR_MAX: Final = 4 + _INSN_MAX
 _BLOB_MAX: Final = 1 << 20
 _RELOCATIONS_MAX: Final = 1 << 12
 
-_CALL: Final = 0xE8
-_JMP: Final = 0xE9
-_INT3: Final = 0xCC
-_NOP2: Final = b"\x66\x90"  # x86_nops[2], arch/x86/include/asm/nops.h
 _CLAC: Final = b"\x0f\x01\xca"
-_ADDRESS_MASK: Final = (1 << 64) - 1
 
 #: X86_FEATURE_SMAP, arch/x86/include/asm/cpufeatures.h: word 9, bit 20.
 _SMAP: Final = 9 * 32 + 20
-
-
-def relative(opcode: int, source: int, target: int) -> bytes:
-    """A 5-byte call or jmp at `source`."""
-    distance = (target - source - 5) & 0xFFFF_FFFF
-    return bytes([opcode]) + distance.to_bytes(4, "little")
-
-
-def branch_target(code: bytes, source: int) -> int:
-    """Where the 5-byte call or jmp `code` at `source` leads."""
-    distance = int.from_bytes(code[1:5], "little", signed=True)
-    return (source + 5 + distance) & _ADDRESS_MASK
 
 
 def check_generated(
@@ -107,7 +91,7 @@ def _known_bytes(target: Target, pages: list[int], spans: Iterable[tuple[int, in
     content, statuses = target.memory.read_pages(
         np.array(pages, dtype=np.uint64) << np.uint64(PAGE_SHIFT)
     )
-    known = (content == _INT3) | (content == 0)
+    known = (content == INT3) | (content == 0)
     rows = {page: row for row, page in enumerate(pages)}
     for start, end in spans:
         for page in range(start >> PAGE_SHIFT, ((end - 1) >> PAGE_SHIFT) + 1):
@@ -198,7 +182,7 @@ def _trampoline_fault(target: Target, ops: FtraceOps) -> str | None:
     code = bytearray(target.memory.read(start, size))
     if ops.flags & _FTRACE_SAVE_REGS and target.has(f"{name}_jmp"):
         jump = target.address(f"{name}_jmp") - start
-        code[jump : jump + 2] = _NOP2
+        code[jump : jump + 2] = NOPS[1]
     reference = target.address(f"{name}_op_ptr") - start
     distance = size + ending - reference - 7
     code[reference : reference + 7] = b"\x48\x8b\x15" + distance.to_bytes(4, "little")
@@ -206,7 +190,7 @@ def _trampoline_fault(target: Target, ops: FtraceOps) -> str | None:
     handler = ops.func
     if ops.flags & _FTRACE_ASSISTED and target.has("ftrace_ops_assist_func"):
         handler = target.address("ftrace_ops_assist_func")
-    code[place : place + 5] = relative(_CALL, ops.trampoline + place, handler)
+    code[place : place + 5] = branch(CALL, ops.trampoline + place, handler)
     actual = target.memory.read(ops.trampoline, ops.trampoline_size)
     if actual[:size] != code:
         return _difference(bytes(code), actual[:size])
@@ -218,8 +202,8 @@ def _trampoline_fault(target: Target, ops: FtraceOps) -> str | None:
 def _return_fault(target: Target, code: bytes, source: int) -> str | None:
     """What is wrong with the return that ends a trampoline."""
     if code[0] == 0xC3:
-        return None if set(code[1:]) <= {_INT3, 0} else "bytes behind its return"
-    if len(code) == 5 and code[0] == _JMP:
+        return None if set(code[1:]) <= {INT3, 0} else "bytes behind its return"
+    if len(code) == 5 and code[0] == JMP32:
         name = target.names.near(branch_target(code, source) - target.virtual_base)
         if name is not None and name[1] == 0 and name[0].endswith("_return_thunk"):
             return None
@@ -278,7 +262,7 @@ def _probed_code(target: Target, probe: Kprobe, size: int) -> bytes:
     Text outside of probes, and the saved bytes, are compared elsewhere. Raises AccessFailed.
     """
     code = bytearray(target.memory.read(probe.address, size))
-    if code[0] == _JMP and probe.flags & _KPROBE_OPTIMIZED:
+    if code[0] == JMP32 and probe.flags & _KPROBE_OPTIMIZED:
         code[1:5] = probe.saved
     code[0] = probe.opcode
     return bytes(code[:size])
@@ -293,9 +277,7 @@ def _slot_fault(target: Target, probe: Kprobe) -> str | None:
     code = target.memory.read(probe.slot, size + 5)
     if not _are_copies(code[:size], original, probe.slot - probe.address):
         return f"its slot holds {code[:size].hex()}, not {original.hex()}"
-    if code[size] != _INT3 and code[size:] != relative(
-        _JMP, probe.slot + size, probe.address + size
-    ):
+    if code[size] != INT3 and code[size:] != branch(JMP32, probe.slot + size, probe.address + size):
         return f"its copied instruction is followed by {code[size:].hex()}"
     return None
 
@@ -321,11 +303,11 @@ def _detour_fault(target: Target, probe: Kprobe) -> str | None:
     at = target.symbol("optprobe_template_val") - start
     code[at : at + 10] = b"\x48\xbf" + probe.structure.to_bytes(8, "little")
     at = target.symbol("optprobe_template_call") - start
-    code[at : at + 5] = relative(_CALL, slot + at, target.address("optimized_callback"))
+    code[at : at + 5] = branch(CALL, slot + at, target.address("optimized_callback"))
     actual = target.memory.read(slot, length + size + 5)
     if actual[:length] != code:
         return f"its detour differs: {_difference(bytes(code), actual[:length])}"
-    back = relative(_JMP, slot + length + size, probe.address + size)
+    back = branch(JMP32, slot + length + size, probe.address + size)
     if actual[length + size :] != back:
         return f"its detour ends with {actual[length + size :].hex()}, not {back.hex()}"
     original = _probed_code(target, probe, size)
@@ -387,7 +369,7 @@ def check_packs(target: Target, structures: Structures, problems: Problems) -> i
             problems.add(kind, pack.start, place, "not all of it can be read")
             continue
         unused = ~np.repeat(pack.chunks, PACK_CHUNK)
-        stray = np.flatnonzero(unused & (data != _INT3) & (data != 0))
+        stray = np.flatnonzero(unused & (data != INT3) & (data != 0))
         verified += int(unused.sum()) - len(stray)
         if len(stray):
             address = pack.start + int(stray[0])

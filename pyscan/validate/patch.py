@@ -43,6 +43,7 @@ LFENCE: Final = b"\x0f\xae\xe8"
 #: What a call of __static_call_return0 becomes: xor %eax, %eax with prefixes.
 RETURN_ZERO: Final = b"\x2e\x2e\x2e\x31\xc0"
 _HALF_LINE: Final = 0x20
+_ADDRESS_MASK: Final = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,6 +97,11 @@ def nops(length: int) -> bytes:
 def branch(opcode: int, source: int, target: int) -> bytes:
     """A branch of 5 bytes at `source`."""
     return bytes([opcode]) + ((target - source - 5) & 0xFFFF_FFFF).to_bytes(4, "little")
+
+
+def branch_target(code: bytes, source: int) -> int:
+    """Where a branch of 5 bytes at `source` leads."""
+    return (source + 5 + int.from_bytes(code[1:5], "little", signed=True)) & _ADDRESS_MASK
 
 
 def wants_return_thunk(state: PatchState, addresses: U64) -> NDArray[np.bool_]:
@@ -209,9 +215,9 @@ def _replacement(placed: Placed, replacements: Window, row: np.void) -> bytes:
     code = replacements.bytes_at(source, int(row["replacement_length"]))
     place, origin = placed.address + int(row["offset"]), placed.address + source
     if len(code) == 5 and code[0] == CALL:
-        code = branch(CALL, place, _target(code, origin))
+        code = branch(CALL, place, branch_target(code, origin))
     elif len(code) == 5 and code[0] == JMP32:
-        target = _target(code, origin)
+        target = branch_target(code, origin)
         short = target - place - 2
         # recompute_jump(): only forwards, and only where the short form reaches.
         if target >= place and short <= 127:
@@ -219,10 +225,6 @@ def _replacement(placed: Placed, replacements: Window, row: np.void) -> bytes:
         else:
             code = branch(JMP32, place, target)
     return code + NOPS[0] * (length - len(code))
-
-
-def _target(code: bytes, source: int) -> int:
-    return source + 5 + int.from_bytes(code[1:5], "little", signed=True)
 
 
 def _merge_nops(window: Window, row: np.void, *, replaced: bool) -> None:

@@ -35,7 +35,6 @@ def read_state(target: Target) -> PatchState:
         features=features,
         indirect_its=its,
         return_thunk=memory.u64(target.address("x86_return_thunk")),
-        default_return_thunk=target.address("__x86_return_thunk"),
         its_return_thunk=_optional(target, "its_return_thunk"),
         static_call_return=_optional(target, "__static_call_return"),
         static_call_return0=_optional(target, "__static_call_return0"),

@@ -18,7 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyscan.records import PAGE_SHIFT, PAGE_SIZE, PageStatus
-from pyscan.validate.code import CONTEXT, CodeResult, Difference, TextComparer, site_span
+from pyscan.validate.code import (
+    CONTEXT,
+    DIFFERENCES_MAX,
+    CodeResult,
+    Difference,
+    TextComparer,
+    site_span,
+)
 from pyscan.validate.context import Target
 from pyscan.validate.memory import AccessFailed
 from pyscan.validate.objects import (
@@ -28,7 +35,17 @@ from pyscan.validate.objects import (
     read_kprobes,
     read_slot_pages,
 )
-from pyscan.validate.patch import CALL, INT3, JMP8, JMP32, NOP5, NOPS, RETURN, RETURN_ZERO
+from pyscan.validate.patch import (
+    CALL,
+    INT3,
+    JMP8,
+    JMP32,
+    NOP5,
+    NOPS,
+    RETURN,
+    RETURN_ZERO,
+    branch_target,
+)
 from pyscan.validate.placed import Placed
 from pyscan.validate.predict import Predictor
 from pyscan.validate.problem import Problems
@@ -168,8 +185,7 @@ class _Round:
             code = self._target.memory.read(difference.address, _BRANCH_BYTES)
         except AccessFailed:
             return False
-        distance = int.from_bytes(code[1:], "little", signed=True)
-        slot = difference.address + _BRANCH_BYTES + distance
+        slot = branch_target(code, difference.address)
         return code[0] == JMP32 and any(page <= slot < page + PAGE_SIZE for page in self._slots)
 
     def compare(
@@ -208,8 +224,7 @@ def _in_progress(target: Target, placed: Placed, difference: Difference) -> bool
     if place[0] not in {CALL, JMP32} or len(place) < _BRANCH_BYTES:
         return True
     at = site_span(placed.unit, difference.offset)[1]
-    distance = int.from_bytes(place[1:_BRANCH_BYTES], "little", signed=True)
-    return _may_lead_to(target, difference.site, placed.address + at + _BRANCH_BYTES + distance)
+    return _may_lead_to(target, difference.site, branch_target(place, placed.address + at))
 
 
 def _may_lead_to(target: Target, site: str, address: int) -> bool:
@@ -228,7 +243,7 @@ def _may_lead_to(target: Target, site: str, address: int) -> bool:
 
 def _merge(into: CodeResult, result: CodeResult) -> None:
     into.total += result.total
-    into.differences += result.differences[: max(0, 64 - len(into.differences))]
+    into.differences += result.differences[: max(0, DIFFERENCES_MAX - len(into.differences))]
 
 
 def pages_of(differences: Iterable[Difference]) -> set[Page]:

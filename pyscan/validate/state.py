@@ -26,7 +26,6 @@ class PatchState:
     features: NDArray[np.bool_]
     indirect_its: bool  # branches in the lower half of a cache line go through ITS thunks
     return_thunk: int  # x86_return_thunk
-    default_return_thunk: int  # __x86_return_thunk
     its_return_thunk: int
     static_call_return: int  # __static_call_return, where a conditional tail call ends
     static_call_return0: int  # __static_call_return0

@@ -60,7 +60,6 @@ def state(*features: int, return_thunk: int = 0) -> PatchState:
         features=bits,
         indirect_its=False,
         return_thunk=return_thunk,
-        default_return_thunk=0,
         its_return_thunk=0,
         static_call_return=0,
         static_call_return0=0,

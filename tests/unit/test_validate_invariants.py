@@ -17,11 +17,11 @@ from tables import NX, PRESENT, TABLE, USER, WRITE, Memory
 from test_validate_objects import link_tasks, module, probe, process
 
 from pyscan.records import PAGE_SIZE
-from pyscan.validate.generated import relative
 from pyscan.validate.invariants import Invariants, check_invariants, check_walk
 from pyscan.validate.memory import walk_kernel
 from pyscan.validate.objects import BpfPack, read_structures
 from pyscan.validate.ownership import OwnerKind
+from pyscan.validate.patch import branch
 from pyscan.validate.problem import ProblemKind, Problems
 from pyscan.validate.thunks import Thunks, thunks_in
 
@@ -400,7 +400,7 @@ def with_ftrace(fake: FakeTarget, flags: int = 0x800) -> bytearray:
     size = SIZE + 5 + 8
     fake.write(ops, pack(func, fake.address("ftrace_list_end"), flags, CODE, size))
     text[0x10:0x17] = b"\x48\x8b\x15" + struct.pack("<i", SIZE + 5 - 0x17)
-    text[0x20:0x25] = relative(0xE8, CODE + 0x20, func)
+    text[0x20:0x25] = branch(0xE8, CODE + 0x20, func)
     return text + b"\xc3\xcc\xcc\xcc\xcc" + pack(ops)
 
 
@@ -436,7 +436,7 @@ def test_a_trampoline_that_stays(fake: FakeTarget) -> None:
 
 def test_a_trampoline_that_calls_what_it_did_before(fake: FakeTarget) -> None:
     text = left_behind(fake)
-    text[0x20:0x25] = relative(0xE8, CODE + 0x20, fake.address("other_function"))
+    text[0x20:0x25] = branch(0xE8, CODE + 0x20, fake.address("other_function"))
     code(fake, CODE, bytes(text))
     assert kinds(check(fake)) == []
 
@@ -474,7 +474,7 @@ def with_kprobe(fake: FakeTarget) -> bytearray:
     fake.list("kprobe_insn_slots", [page], OFFSETS["kprobe_insn_cache.pages"])
     fake.write(page + OFFSETS["kprobe_insn_page.insns"], pack(CODE))
     moved = (0x1234_5678 + at - CODE) & 0xFFFF_FFFF
-    back = relative(0xE9, CODE + 7, at + 7)
+    back = branch(0xE9, CODE + 7, at + 7)
     return bytearray(b"\x48\x8b\x05" + struct.pack("<I", moved) + back)
 
 
@@ -498,7 +498,7 @@ def with_detour(fake: FakeTarget) -> bytearray:
     at, structure = fake.address("other_function"), fake.scratch(1)
     original = b"\x55\x48\x8b\x05" + struct.pack("<i", 0x1234)
     probe(fake, 1, fake.address("aggr_pre_handler"))
-    fake.write(at, relative(0xE9, at, CODE) + original[5:])
+    fake.write(at, branch(0xE9, at, CODE) + original[5:])
     link = structure + OFFSETS["kprobe.list"]
     fake.write(link, pack(link, link))
     fake.write(structure + OFFSETS["kprobe.opcode"], original[:1])
@@ -512,10 +512,10 @@ def with_detour(fake: FakeTarget) -> bytearray:
     start = SYMBOLS["optprobe_template_entry"]
     fake.image[start : start + 0x30] = template
     template[0x10:0x1A] = b"\x48\xbf" + pack(structure)
-    template[0x1A:0x1F] = relative(0xE8, CODE + 0x1A, fake.address("optimized_callback"))
+    template[0x1A:0x1F] = branch(0xE8, CODE + 0x1A, fake.address("optimized_callback"))
     moved = struct.pack("<i", 0x1234 + at - CODE - 0x30)
     end = CODE + 0x30 + len(original)
-    return template + original[:4] + moved + relative(0xE9, end, at + len(original))
+    return template + original[:4] + moved + branch(0xE9, end, at + len(original))
 
 
 def test_an_optimised_probe(fake: FakeTarget) -> None:

@@ -70,7 +70,6 @@ def state(*features: int, **changes: Any) -> PatchState:
         features=flags,
         indirect_its=INDIRECT_THUNK_ITS in features,
         return_thunk=THUNK,
-        default_return_thunk=THUNK,
         its_return_thunk=ITS_THUNK,
         static_call_return=RETURN1,
         static_call_return0=RETURN0,
