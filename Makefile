@@ -26,7 +26,7 @@ lint: ready ## Check style, types and import contracts
 	.venv/bin/lint-imports --no-logo
 
 test: lint ## Check everything, then run all tests; options: make test ARGS="-k lab"
-	@$(PYTHON) -m pytest $(ARGS)
+	@$(PYTHON) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 matrix: ready ## Validate every boot of the matrix; options: make matrix ARGS="--only NAME"
 	@PYTHONPATH=tests $(PYTHON) -m matrix.examine $(ARGS)
