@@ -27,6 +27,13 @@ IDENTITIES = {
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _children_hear_sigint() -> None:
+    """A suite that runs in the background ignores SIGINT, and its children would inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _clean_on_sigterm() -> Iterator[None]:
     """A test run that is told to stop removes its guests and RAM files, too."""
     with unwind_on(signal.SIGTERM):
