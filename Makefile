@@ -37,6 +37,7 @@ fuzz: ready ## Fuzz what reads hostile bytes; options: make fuzz ARGS="--seconds
 bench: ## Measure; options: make bench ARGS="--quick --json FILE"
 	@.ci/setup bench
 	@$(PYTHON) -m pyscan bench $(ARGS)
+	@$(PYTHON) bench/sources.py
 	@$(PYTHON) -m pytest bench --override-ini "python_files=bench_*.py" \
 		--override-ini "python_functions=bench_*" --benchmark-min-rounds=20 \
 		--benchmark-max-time=0.2 --benchmark-columns=min,median,max,rounds \
@@ -44,5 +45,5 @@ bench: ## Measure; options: make bench ARGS="--quick --json FILE"
 
 clean: ## Remove everything that set-up and the checks made
 	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
-	rm -rf .benchmarks pyscan.egg-info pyscan/digest/*.so pyscan/digest/*.abi3.so
+	rm -rf .benchmarks pyscan.egg-info pyscan/digest/*.so pyscan/sources/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -31,7 +31,8 @@ typedef struct {
     uint32_t engine;            /* ps_link_engine */
     uint32_t gather_max;        /* pages of one gather, 1 .. PS_HAL_GATHER_MAX */
     uint32_t buffers;           /* landing buffers, 1 .. PS_HAL_BUFFERS_MAX */
-    uint32_t gather_timeout_us; /* after which `gather_poll` says PS_HAL_TIMEOUT by itself */
+    uint32_t gather_timeout_us; /* without progress, after which `gather_poll` says PS_HAL_TIMEOUT by
+                                   itself; four times that in all */
     uint64_t window_size;       /* bytes; 0 without a window */
 } ps_hal_limits;
 

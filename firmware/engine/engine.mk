@@ -6,6 +6,10 @@ check: check-engine
 check-engine: $(OUT)/engine-tests
 	$(OUT)/engine-tests
 
-$(OUT)/engine-tests: engine/nvme.c tests/test_nvme.c engine/nvme.h hal.h engine/engine.mk Makefile
+ENGINE_TESTED := $(wildcard engine/*.c) tests/nvme_model.c tests/test_nvme.c \
+	tests/test_nvme_proofs.c
+
+$(OUT)/engine-tests: $(ENGINE_TESTED) $(wildcard engine/*.h) tests/nvme_model.h hal.h \
+		engine/engine.mk Makefile
 	@mkdir -p $(@D)
-	$(HOST_CC) $(HOST_FLAGS) engine/nvme.c tests/test_nvme.c -o $@
+	$(HOST_CC) $(HOST_FLAGS) $(ENGINE_TESTED) -o $@

@@ -1,10 +1,6 @@
 /* The driver behind nvme.h. Figures and section numbers are those of the NVM Express base
  * specification 1.4. */
-#include "engine/nvme.h"
-
-#include <assert.h>
-
-enum { PAGE = 4096, BLOCKS_PER_PAGE = 8 /* of 512 bytes */ };
+#include "engine/nvme_queue.h"
 
 /* Registers, 3.1, and what this driver looks at in them. */
 enum {
@@ -20,29 +16,13 @@ enum {
     CSTS_FATAL = 2
 };
 
-/* Queues, all within a page, and the lists: one page for each buffer. */
-enum {
-    ENTRIES = 64, /* of the I/O queues, far more than can be under way */
-    ADMIN_ENTRIES = 16,
-    ADMIN_SUBMISSIONS = 0x0000,
-    ADMIN_COMPLETIONS = 0x1000,
-    SUBMISSIONS = 0x2000,
-    COMPLETIONS = 0x3000,
-    LISTS = 0x4000,
-    QUEUES_SIZE = LISTS,
-    COMMAND_WORDS = 8, /* of 64 bits */
-    HEAD_LAG = 16      /* completions that are taken before the controller is told */
-};
-
-static_assert(LISTS + PS_HAL_BUFFERS_MAX * PAGE == PS_NVME_MEMORY_SIZE, "lists fit");
-static_assert(PS_HAL_GATHER_MAX - 1 <= PAGE / 8, "a list is one page, without a chain");
-
-/* Commands: 5.3, 5.4, 6.14. */
-enum { ADMIN_MAKE_SUBMISSIONS = 0x01, ADMIN_MAKE_COMPLETIONS = 0x05, IO_WRITE = 0x01 };
+/* Admin commands: 5.3, 5.4. */
+enum { ADMIN_MAKE_SUBMISSIONS = 0x01, ADMIN_MAKE_COMPLETIONS = 0x05 };
 
 enum {
     ACCESS_MAX_US = 250000, /* without an answer from the link, which is then down */
     STOP_MAX_US = 100000,   /* for a controller to stop */
+    TIMEOUTS_MAX = 4,       /* that a gather may take in all, however often it makes progress */
     WATCH_US = 10000        /* between two looks at a controller that has work */
 };
 
@@ -66,133 +46,10 @@ enum {
     AWAIT_STOPPED
 };
 
-/* ---- engine memory ---- */
-
-static void put64(const ps_nvme *nvme, uint32_t at, uint64_t value)
-{
-    *(volatile uint64_t *)(nvme->port.memory + at) = value;
-}
-
-static uint64_t get64(const ps_nvme *nvme, uint32_t at)
-{
-    return *(const volatile uint64_t *)(nvme->port.memory + at);
-}
-
-static void put_command(const ps_nvme *nvme, uint32_t at, const uint64_t command[COMMAND_WORDS])
-{
-    for (uint32_t i = 0; i < COMMAND_WORDS; i++) {
-        put64(nvme, at + 8 * i, command[i]);
-    }
-}
-
-/* The half of a completion that matters, 4.6: submission queue, id, phase and status. */
-typedef struct {
-    uint32_t queue, id, phase, status;
-} completion;
-
-static completion get_completion(const ps_nvme *nvme, uint32_t at)
-{
-    uint64_t half = get64(nvme, at + 8);
-    __atomic_thread_fence(__ATOMIC_ACQUIRE); /* what it tells of is read after it */
-    return (completion){half >> 16 & 0xffff, half >> 32 & 0xffff, half >> 48 & 1,
-                        (uint32_t)(half >> 49)};
-}
-
-/* ---- gathers ---- */
-
-/* The command of a gather, 6.14, with its PRP entries as 4.3 wants them. */
-static void make_write(const ps_nvme *nvme, uint32_t buffer, uint64_t command[COMMAND_WORDS])
-{
-    const ps_nvme_gather *gather = &nvme->gathers[buffer];
-    uint64_t second = gather->count == 1   ? 0
-                      : gather->count == 2 ? gather->addresses[1]
-                                           : nvme->memory + LISTS + buffer * PAGE;
-    command[0] = IO_WRITE | (uint64_t)gather->id << 16 | UINT64_C(1) << 32; /* namespace 1 */
-    command[1] = command[2] = command[7] = 0;
-    command[3] = gather->addresses[0];
-    command[4] = second;
-    command[5] = (uint64_t)buffer * nvme->port.gather_max * BLOCKS_PER_PAGE;
-    command[6] = gather->count * BLOCKS_PER_PAGE - 1;
-}
-
-static uint16_t next_id(ps_nvme *nvme)
-{
-    /* 0xffff means "none" in error logs. */
-    nvme->last_id = nvme->last_id >= 0xfffe ? 1 : nvme->last_id + 1;
-    return nvme->last_id;
-}
-
-static void submit(ps_nvme *nvme, uint32_t buffer)
-{
-    ps_nvme_gather *gather = &nvme->gathers[buffer];
-    uint64_t command[COMMAND_WORDS];
-    gather->id = next_id(nvme);
-    gather->slot = nvme->tail;
-    make_write(nvme, buffer, command);
-    for (uint32_t i = 1; i < gather->count; i++) {
-        put64(nvme, LISTS + buffer * PAGE + 8 * (i - 1), gather->addresses[i]);
-    }
-    put_command(nvme, SUBMISSIONS + 64 * nvme->tail, command);
-    nvme->tail = (nvme->tail + 1) % ENTRIES;
-    gather->submitted = true;
-}
-
-/* Whether command and list are still what submit() wrote. */
-static bool intact(const ps_nvme *nvme, uint32_t buffer)
-{
-    const ps_nvme_gather *gather = &nvme->gathers[buffer];
-    uint64_t command[COMMAND_WORDS], changed = 0;
-    make_write(nvme, buffer, command);
-    for (uint32_t i = 0; i < COMMAND_WORDS; i++) {
-        changed |= get64(nvme, SUBMISSIONS + 64 * gather->slot + 8 * i) ^ command[i];
-    }
-    for (uint32_t i = 1; i < gather->count; i++) {
-        changed |= get64(nvme, LISTS + buffer * PAGE + 8 * (i - 1)) ^ gather->addresses[i];
-    }
-    return changed == 0;
-}
-
-static bool awaited(const ps_nvme_gather *gather)
-{
-    return gather->used && gather->state == PS_HAL_BUSY;
-}
-
-/* The gather that a completion is about, or -1. */
-static int find_gather(const ps_nvme *nvme, const completion *entry)
-{
-    for (uint32_t b = 0; b < nvme->port.buffers; b++) {
-        const ps_nvme_gather *gather = &nvme->gathers[b];
-        if (awaited(gather) && gather->submitted && entry->queue == 1 && entry->id == gather->id) {
-            return (int)b;
-        }
-    }
-    return -1;
-}
-
-/* Takes new completions. One that is about nothing under way was not made by the controller, or
- * not now: it is passed over by leaving it where the controller's next one will be. */
-static void take_completions(ps_nvme *nvme)
-{
-    for (uint32_t taken = 0; taken < ENTRIES; taken++) {
-        completion entry = get_completion(nvme, COMPLETIONS + 16 * nvme->head);
-        int b = entry.phase == nvme->phase ? find_gather(nvme, &entry) : -1;
-        if (b < 0) {
-            return;
-        }
-        const char *fault = entry.status != 0            ? "a page was not delivered"
-                            : !intact(nvme, (uint32_t)b) ? "a command was changed under way"
-                                                         : NULL;
-        nvme->gathers[b].state = fault == NULL ? PS_HAL_DONE : PS_HAL_REFUSED;
-        nvme->fault = fault == NULL ? nvme->fault : fault;
-        nvme->head = (nvme->head + 1) % ENTRIES;
-        nvme->phase ^= nvme->head == 0 ? 1 : 0;
-    }
-}
-
 static void end_all(ps_nvme *nvme, ps_hal_state state)
 {
     for (uint32_t b = 0; b < nvme->port.buffers; b++) {
-        if (awaited(&nvme->gathers[b])) {
+        if (ps_nvme_awaited(&nvme->gathers[b])) {
             nvme->gathers[b].state = state;
         }
     }
@@ -204,11 +61,7 @@ static void restart(ps_nvme *nvme)
 {
     nvme->step = READ_CAP;
     nvme->starts++;
-    nvme->tail = nvme->tail_rung = nvme->head = nvme->head_rung = 0;
-    nvme->phase = 1;
-    for (uint32_t b = 0; b < nvme->port.buffers; b++) {
-        nvme->gathers[b].submitted = false;
-    }
+    ps_nvme_forget(nvme);
 }
 
 /* Ends all gathers with `cause`, but first stops the controller if that can be reached. */
@@ -285,7 +138,7 @@ static void take_status(ps_nvme *nvme, uint32_t status)
 /* Goes on with the next step when the answer to admin command `number` is there. */
 static void take_admin(ps_nvme *nvme, uint32_t number)
 {
-    completion entry = get_completion(nvme, ADMIN_COMPLETIONS + 16 * number);
+    ps_nvme_completion entry = ps_nvme_get_completion(nvme, ADMIN_COMPLETIONS + 16 * number);
     if (entry.phase != 1 || entry.queue != 0 || entry.id != nvme->last_id) {
         return;
     }
@@ -309,7 +162,9 @@ static void take_time(ps_nvme *nvme)
     }
     for (uint32_t b = 0; b < nvme->port.buffers; b++) {
         const ps_nvme_gather *gather = &nvme->gathers[b];
-        late |= awaited(gather) && now - gather->started_us > nvme->port.gather_timeout_us;
+        uint64_t limit = nvme->port.gather_timeout_us;
+        late |= ps_nvme_awaited(gather) && (now - gather->moved_us > limit ||
+                                    now - gather->started_us > TIMEOUTS_MAX * limit);
     }
     if (late) {
         bool admin = nvme->step == AWAIT_COMPLETIONS || nvme->step == AWAIT_SUBMISSIONS;
@@ -346,17 +201,10 @@ static void ring(ps_nvme *nvme, uint32_t queue, bool completions, uint32_t value
 static void make_queue(ps_nvme *nvme, uint32_t number, uint32_t opcode, uint32_t at, uint32_t flags)
 {
     uint64_t queue = (uint64_t)(ENTRIES - 1) << 16 | 1 | (uint64_t)flags << 32;
-    uint64_t command[COMMAND_WORDS] = {opcode | (uint64_t)next_id(nvme) << 16,
+    uint64_t command[COMMAND_WORDS] = {opcode | (uint64_t)ps_nvme_next_id(nvme) << 16,
                                        [3] = nvme->memory + at, [5] = queue};
-    put_command(nvme, ADMIN_SUBMISSIONS + 64 * number, command);
+    ps_nvme_put_command(nvme, ADMIN_SUBMISSIONS + 64 * number, command);
     ring(nvme, 0, false, number + 1);
-}
-
-static void clear_queues(const ps_nvme *nvme)
-{
-    for (uint32_t at = 0; at < QUEUES_SIZE; at += 8) {
-        put64(nvme, at, 0);
-    }
 }
 
 /* Looks at a controller that has work, now and then. */
@@ -376,25 +224,19 @@ static void await_admin(ps_nvme *nvme, uint32_t number)
     }
 }
 
-/* With the engine up: hands over what waits, and rings. */
+/* With the engine up: tells the controller what is new to it. */
 static void serve(ps_nvme *nvme)
 {
     bool waiting = false;
-    take_completions(nvme);
     for (uint32_t b = 0; b < nvme->port.buffers; b++) {
-        if (awaited(&nvme->gathers[b])) {
-            waiting = true;
-            if (!nvme->gathers[b].submitted) {
-                submit(nvme, b);
-            }
-        }
+        waiting |= ps_nvme_awaited(&nvme->gathers[b]);
     }
-    if (nvme->tail != nvme->tail_rung) {
-        nvme->tail_rung = nvme->tail;
-        ring(nvme, 1, false, nvme->tail);
-    } else if ((nvme->head - nvme->head_rung) % ENTRIES >= HEAD_LAG) {
+    if ((nvme->head - nvme->head_rung) % ENTRIES >= HEAD_LAG) {
         nvme->head_rung = nvme->head;
         ring(nvme, 1, true, nvme->head);
+    } else if (nvme->tail != nvme->tail_rung) {
+        nvme->tail_rung = nvme->tail;
+        ring(nvme, 1, false, nvme->tail);
     } else if (waiting) {
         watch(nvme);
     }
@@ -417,7 +259,7 @@ static void begin_step(ps_nvme *nvme)
         read_status(nvme);
         break;
     case SET_AQA:
-        clear_queues(nvme);
+        ps_nvme_clear(nvme);
         access_bus(nvme, true, 4, REG_AQA, (ADMIN_ENTRIES - 1) << 16 | (ADMIN_ENTRIES - 1));
         break;
     case SET_ASQ:
@@ -483,15 +325,21 @@ static bool take_access(ps_nvme *nvme)
     return true;
 }
 
-static void work(ps_nvme *nvme)
+static void trade(ps_nvme *nvme)
 {
     if (nvme->step == UP) {
-        take_completions(nvme);
+        ps_nvme_trade(nvme);
     }
+}
+
+static void work(ps_nvme *nvme)
+{
+    trade(nvme);
     if (nvme->accessing && !take_access(nvme)) {
         return;
     }
     take_time(nvme);
+    trade(nvme);
     begin_step(nvme);
 }
 
@@ -522,9 +370,11 @@ ps_hal_state ps_nvme_start(ps_nvme *nvme, uint32_t buffer, const uint64_t *addre
     if (!can_start(nvme, buffer, addresses, count)) {
         return PS_HAL_MISUSED;
     }
+    uint64_t now = nvme->port.now_us(nvme->port.context);
     nvme->gathers[buffer] = (ps_nvme_gather){
         .addresses = addresses,
-        .started_us = nvme->port.now_us(nvme->port.context),
+        .started_us = now,
+        .moved_us = now,
         .count = count,
         .state = PS_HAL_BUSY,
         .used = true,
@@ -542,10 +392,10 @@ ps_hal_state ps_nvme_poll(ps_nvme *nvme, uint32_t buffer)
         return PS_HAL_MISUSED;
     }
     ps_nvme_gather *gather = &nvme->gathers[buffer];
-    if (awaited(gather)) {
+    if (ps_nvme_awaited(gather)) {
         work(nvme);
     }
-    if (!awaited(gather)) {
+    if (!ps_nvme_awaited(gather)) {
         gather->used = false;
     }
     return gather->state;

@@ -4,7 +4,8 @@
  * target's memory by its PRP list and stores them on its drive, which is the card's landing
  * memory. Queues and lists lie in engine memory, which the target's bus sees too. So nothing in it
  * is believed: a completion counts only for a command that is under way, and only while that
- * command and its list are still what the driver wrote.
+ * command and its list are still what the driver wrote. Nor is a page of zeros believed: the
+ * controller must prove that it can read it at all (nvme_queue.c, proofs).
  *
  * Nothing here waits. Each call makes at most one access to the bus and returns; the engine is
  * started when the first gather needs it, and again after whatever stopped it.
@@ -15,8 +16,9 @@
 #include "hal.h"
 
 enum {
-    PS_NVME_MEMORY_SIZE = 0x6000, /* bytes of engine memory that the driver uses */
-    PS_NVME_BUS_SIZE = 0x2000     /* registers lie below; docs/spec/card-link.md, 7 */
+    PS_NVME_MEMORY_SIZE = 0x18000, /* bytes of engine memory that the driver uses */
+    PS_NVME_ENTRIES = 1024,        /* of the I/O queues */
+    PS_NVME_BUS_SIZE = 0x2000      /* registers lie below; docs/spec/card-link.md, 7 */
 };
 
 /* One access to a register. */
@@ -45,9 +47,10 @@ typedef struct {
 typedef struct {
     void *context;    /* given to every callback */
     uint8_t *memory;  /* engine memory, PS_NVME_MEMORY_SIZE bytes, aligned to pages */
+    const uint8_t *landing; /* landing memory, which is the controller's drive; aligned to pages */
     uint32_t buffers; /* 1 .. PS_HAL_BUFFERS_MAX; buffer b begins at page b * gather_max */
     uint32_t gather_max;        /* pages; 1 .. PS_HAL_GATHER_MAX */
-    uint32_t gather_timeout_us; /* from the start of a gather */
+    uint32_t gather_timeout_us; /* without a command of a gather completed */
 
     /* Microseconds; never goes back. */
     uint64_t (*now_us)(void *context);
@@ -62,17 +65,30 @@ typedef struct {
 typedef struct {
     const uint64_t *addresses;
     uint64_t started_us;
+    uint64_t moved_us; /* when it began, or a command of it was completed last */
     uint32_t count;
-    uint16_t id;   /* of the command */
-    uint32_t slot; /* in the submission queue */
+    uint32_t examined; /* pages that landed, and are known not to be zeros or given to proof */
+    uint32_t proofs;   /* under way */
     ps_hal_state state;
     bool used;      /* begun, and its end not yet told */
     bool submitted; /* the controller has it, or will when it hears the bell */
+    bool landed;    /* the controller says so */
+    bool refused;   /* at least one page was not */
 } ps_nvme_gather;
+
+/* What stands in a slot of the submission queue. */
+typedef struct {
+    uint16_t id;
+    uint32_t buffer;
+    uint32_t page; /* of the buffer, with a proof */
+    bool proof;
+    bool used; /* not completed yet */
+} ps_nvme_command;
 
 typedef struct {
     ps_nvme_port port;
     ps_nvme_gather gathers[PS_HAL_BUFFERS_MAX];
+    ps_nvme_command commands[PS_NVME_ENTRIES]; /* by their slot */
     const char *fault; /* what went wrong last, for the log; NULL: nothing ever did */
     uint64_t starts;   /* times that the engine was started */
 
@@ -95,9 +111,10 @@ typedef struct {
 /* Touches neither bus nor memory. */
 void ps_nvme_init(ps_nvme *nvme, const ps_nvme_port *port);
 
-/* As `gather_start` and `gather_poll` of ps_hal. A gather that is polled ends within
- * `gather_timeout_us` and 600 ms more. Except with PS_HAL_LINK_DOWN the controller has then been
- * told to stop, so that nothing comes late into the buffer of a gather that failed as a whole. */
+/* As `gather_start` and `gather_poll` of ps_hal. A gather that is polled ends when the controller
+ * has completed nothing of it for `gather_timeout_us`, and at four times that at the latest, with
+ * 600 ms more. Except with PS_HAL_LINK_DOWN the controller has then been told to stop, so that
+ * nothing comes late into the buffer of a gather that failed as a whole. */
 ps_hal_state ps_nvme_start(ps_nvme *nvme, uint32_t buffer, const uint64_t *addresses,
                            uint32_t count);
 ps_hal_state ps_nvme_poll(ps_nvme *nvme, uint32_t buffer);

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 
 from pyscan import __version__
-from pyscan.cli import approve, bench, demo, evidence, keys, programs, scan, sources
+from pyscan.cli import approve, bench, card, demo, evidence, keys, programs, scan, sources
 from pyscan.cli.base import Command
 from pyscan.errors import ExitStatus, PyscanError
 
@@ -65,6 +65,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"pyscan {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (demo, approve, scan, programs, evidence, keys, sources, bench):
+    for group in (demo, approve, scan, programs, evidence, keys, sources, card, bench):
         group.add(commands)
     return parser

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 Command: TypeAlias = Callable[[argparse.Namespace], ExitStatus]
 
-SOURCE_HELP = "a source URI: file:/path/ram.img?machine=q35&size=512M or qemu:/path/qmp.sock"
+SOURCE_HELP = (
+    "a source URI: file:/path/ram.img?machine=q35&size=512M, qemu:/path/qmp.sock, ... "
+    "('pyscan sources' lists them)"
+)
 
 
 def add_command(

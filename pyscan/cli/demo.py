@@ -27,6 +27,13 @@ def add(commands: Commands) -> None:
         "pyscan demo --action kill --tamper external --json",
     )
     parser.add_argument(
+        "--source",
+        choices=("qemu", "card"),
+        default="qemu",
+        help="how the guest's memory is read: through its RAM file, or by a card machine with "
+        "firmware of its own, whose engine gathers pages over the guest's bus (qemu)",
+    )
+    parser.add_argument(
         "--action", choices=("freeze", "kill"), default="freeze", help="the answer (freeze)"
     )
     parser.add_argument(
@@ -67,6 +74,7 @@ def run(options: argparse.Namespace) -> ExitStatus:
     """Run the demonstration; exit status 0 only if all of it happened and was verified."""
     return run_demo(
         DemoOptions(
+            source=options.source,
             action=Action(options.action),
             tamper=options.tamper,
             approve=options.approve,

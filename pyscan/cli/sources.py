@@ -17,18 +17,28 @@ if TYPE_CHECKING:
 def add(commands: Commands) -> None:
     """Declare the command."""
     parser = add_command(
-        commands, "sources", run, "list the ways to read a target's memory", "pyscan sources"
+        commands,
+        "sources",
+        run,
+        "list the ways to read a target's memory, and what of them is on this machine",
+        "pyscan sources",
     )
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> ExitStatus:
-    """Print name, description and requirements of every source."""
+    """Print name, description and requirements of every source, and what of it is here."""
     if options.json:
         render.print_json(
             [
-                {"scheme": b.scheme, "form": b.form, "summary": b.summary, "requires": b.requires}
-                for b in BACKENDS
+                {
+                    "scheme": backend.scheme,
+                    "form": backend.form,
+                    "summary": backend.summary,
+                    "requires": backend.requires,
+                    "found": backend.probe(),
+                }
+                for backend in BACKENDS
             ]
         )
         return ExitStatus.APPROVED
@@ -39,6 +49,7 @@ def run(options: argparse.Namespace) -> ExitStatus:
                 (backend.scheme, backend.summary),
                 ("  form", backend.form),
                 ("  needs", backend.requires),
+                ("  found", backend.probe()),
             ],
         )
     return ExitStatus.APPROVED

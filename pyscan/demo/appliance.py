@@ -105,6 +105,10 @@ class Appliance:
         config = self._directory / f"{program}.toml"
         self._children[program] = self._start(program, [program, "--config", str(config)])
 
+    def pid(self, program: str) -> int:
+        """Process number of a running program."""
+        return self._children[program].pid
+
     def kill(self, program: str) -> None:
         """SIGKILL one program: it gets no chance to clean up."""
         self._children.pop(program).kill()

@@ -21,11 +21,13 @@ from rich.text import Text
 
 from pyscan import render
 from pyscan.demo.appliance import IDENTITIES, OBSERVER, Appliance, Wiring
+from pyscan.demo.card import CardSide
 from pyscan.demo.observer import Arrival, Observer
 from pyscan.errors import ExitStatus, LabError, UsageError
 from pyscan.evidence import EvidenceSummary, verify_directory
 from pyscan.keys import KeyRing
 from pyscan.lab.broker import Broker
+from pyscan.lab.bus import CardBus
 from pyscan.lab.guest import Accelerator, Guest, GuestOptions, TamperKind
 from pyscan.lab.process import RunDirectory, unwind_on
 from pyscan.lab.ram import ByteChange, Machine
@@ -46,6 +48,7 @@ STEP_TIMEOUT_S: Final = 30.0
 QUIET_SWEEPS: Final = 20
 EXTERNAL: Final = "external"
 PACKAGE: Final = "package"
+CARD: Final = "card"
 #: Lines of `pyscan approve linux` that the demonstration shows.
 COMPILED_SHOWN: Final = ("approved", "release", "units", "protected", "patch sites")
 TERMINAL_STATES: Final = (ReportState.SUCCEEDED, ReportState.FAILED, ReportState.REJECTED)
@@ -56,6 +59,7 @@ DONE_WORDS: Final = {"freeze": "frozen", "kill": "gone"}
 class DemoOptions:
     """What `pyscan demo` was asked for."""
 
+    source: str  # "qemu" or CARD
     action: Action
     tamper: str  # a TamperKind, or EXTERNAL
     approve: str  # "snapshot" or "package"
@@ -93,6 +97,7 @@ class _Told:
     """The finished story: all that the document is made of."""
 
     source: str
+    card: dict[str, Any] | None  # what the card machine did, where there is one
     boot_s: float
     coverage: dict[str, Any]
     tampering: _Tampering
@@ -161,7 +166,8 @@ class _Story:
                 boot_s = guest.wait_ready(BOOT_TIMEOUT_S)
                 self._check_card(guest)
                 details.append(self._describe_guest(guest, boot_s))
-            source = f"qemu:{guest.monitor_qmp}"
+            card = self._start_card(stack, run, guest)
+            source = f"qemu:{guest.monitor_qmp}" if card is None else card.source
             wiring = Wiring(source, guest.agent_qmp, guest.pid_file, options.action)
             directory = run.path / "appliance"
             directory.mkdir()
@@ -173,6 +179,8 @@ class _Story:
             ) as details:
                 coverage = self._watch_quietly(appliance, observer)
                 details.append(_coverage_line(coverage))
+                if card is not None:
+                    card.look_at_monitor(appliance.pid("monitor"))
             with steps.step(f"tamper with the running guest ({options.tamper})") as details:
                 tampering = self._tamper(guest)
                 details.append(tampering.how)
@@ -183,11 +191,23 @@ class _Story:
                 appliance.stop()
                 observer.close()  # frees the laboratory's QMP socket for a last question
                 checks = self._check(guest, observer, tampering, answer)
+                if card is not None:
+                    checks |= card.checks(coverage["pages_swept"])
                 summary = self._verify_evidence(appliance, run.path / "evidence")
                 details.append(_evidence_line(summary))
                 checks["evidence is closed and verified"] = True
-            told = _Told(source, boot_s, coverage, tampering, answer, checks)
+            account = card.account() if card is not None else None
+            told = _Told(source, account, boot_s, coverage, tampering, answer, checks)
             return _document(self._options, told)
+
+    def _start_card(self, stack: ExitStack, run: RunDirectory, guest: Guest) -> CardSide | None:
+        """The card machine, when it is to read the guest."""
+        if self._options.source != CARD:
+            return None
+        with self._steps.step("start the card: a machine of its own, with firmware") as details:
+            card = stack.enter_context(CardSide(run, guest))
+            details.append(card.describe())
+        return card
 
     def _approve(self, appliance: Appliance) -> None:
         """Make the approved configuration, of the guest or of its kernel's package."""
@@ -211,6 +231,7 @@ class _Story:
             machine=options.machine,
             memory_mib=options.memory_mib,
             accelerator=options.accelerator,
+            card=CardBus() if options.source == CARD else None,
         )
 
     def _check_card(self, guest: Guest) -> None:
@@ -328,6 +349,7 @@ def _document(options: DemoOptions, told: _Told) -> dict[str, Any]:
         "verified": all(told.checks.values()),
         "checks": told.checks,
         "source": told.source,
+        "card": told.card,
         "action": str(options.action),
         "tamper": options.tamper,
         "tampered": tampering.how,
@@ -369,6 +391,7 @@ def _coverage(statistics: list[dict[str, Any]]) -> dict[str, Any] | None:
     return {
         "pages": last["pages"],
         "bytes": last["pages"] * PAGE_SIZE,
+        "pages_swept": last["bytes"] // PAGE_SIZE,
         "sweeps": sweeps,
         "sweeps_per_second": round(sweeps / seconds, 1),
         "sweep_ms": round(1e3 * busy_s / sweeps, 2),
@@ -393,6 +416,16 @@ def _evidence_line(summary: EvidenceSummary) -> str:
     )
 
 
+def _source_text(document: dict[str, Any]) -> str:
+    card = document["card"]
+    if card is None:
+        return str(document["source"])
+    return (
+        f"card machine, full chain: firmware {card['firmware']}, NVMe gather over the server's "
+        f"bus, {card['pages']} pages read by the card"
+    )
+
+
 def _print_summary(out: Console, document: dict[str, Any]) -> None:
     finding, timings = document["finding"] or {}, document["timings_ms"]
     passed = document["verified"]
@@ -411,6 +444,7 @@ def _print_summary(out: Console, document: dict[str, Any]) -> None:
                 f" -> {DONE_WORDS[document['action']]} {timings['command_to_done']} ms"
                 f"  (together {timings['tamper_to_done']} ms)",
             ),
+            ("source", _source_text(document)),
             ("evidence", document["evidence"] or "verified and removed; --keep DIR keeps it"),
             *((("ok" if good else "FAILED"), text) for text, good in document["checks"].items()),
             (

@@ -75,7 +75,9 @@ def find_kernel(source: Source) -> KernelImage:
     Time and memory are bounded whatever the memory holds. Raises KernelNotFound: there is
     none, more than one, or too many look-alikes.
     """
-    search = _Search(source, source.regions(), _trampoline_tables(source))
+    memory = source.regions()
+    _check_access(source)
+    search = _Search(source, memory, _trampoline_tables(source))
     for frames in _chunks(populated(source)):
         search.look(frames)
     found = search.kernels()
@@ -97,6 +99,22 @@ def find_kernel(source: Source) -> KernelImage:
             "power the machine off and on, so that it starts with clean memory"
         )
     return found[0]
+
+
+def _check_access(source: Source) -> None:
+    """Raise KernelNotFound when low memory, without which no kernel is known, is out of reach.
+
+    A search of all memory that cannot be read would take long and find nothing.
+    """
+    frames = np.arange(LOW_MEMORY_END >> PAGE_SHIFT, dtype=np.uint64)
+    statuses = source.read(frames, np.empty((len(frames), PAGE_SIZE), dtype=np.uint8))
+    lost = statuses[~np.isin(statuses, (PageStatus.OK, PageStatus.HOLE))]
+    if len(lost) and PageStatus.OK not in statuses:
+        status = PageStatus(int(lost[0])).name.lower().replace("_", " ")
+        raise KernelNotFound(
+            f"{source.uri}: access lost: none of the {len(lost)} pages of low memory could be read "
+            f"({status}); check the way to the memory: card, link, IOMMU"
+        )
 
 
 def check_root(source: Source, root_gpa: int, levels: int) -> KernelImage:

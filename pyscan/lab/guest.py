@@ -18,6 +18,7 @@ from time import monotonic
 from typing import Self
 
 from pyscan.errors import LabError
+from pyscan.lab.bus import CardBus, ServerBus, comma_safe, qtest_arguments
 from pyscan.lab.console import SerialConsole
 from pyscan.lab.process import Child, RunDirectory
 from pyscan.lab.ram import GuestRam, Machine
@@ -48,6 +49,7 @@ class GuestOptions:
     """What to boot. `append` goes to the kernel command line, `extra` to QEMU's.
 
     `initrd`: a file in `guest_dir`; "initrd-matrix.gz" also holds what tests/matrix needs.
+    `card`: a DMA engine beside pci-testdev, which every guest has; it brings a qtest socket.
     """
 
     guest_dir: Path
@@ -60,6 +62,7 @@ class GuestOptions:
     initrd: str = "initrd.gz"
     load: bool = False
     qtest: bool = False
+    card: CardBus | None = None
     uuid: str = GUEST_UUID
     name: str = "guest"
     extra: tuple[str, ...] = ()
@@ -124,10 +127,13 @@ class Guest:
         self.serial_log = run.path / f"{options.name}-serial.log"
         self.pid_file = run.path / f"{options.name}.pid"
         self.uuid = options.uuid
+        self.bus: ServerBus | None = None
         if not (options.guest_dir / "guest.json").is_file():
             raise LabError(f"there is no guest in {options.guest_dir}: run `make setup`")
         length = options.memory_mib << 20
         self.ram_file = run.ram_file(f"{options.name}.ram", length)
+        if options.card is not None:
+            self.bus = ServerBus(options.card, run, options.name)
         self._serial = run.path / f"{options.name}-serial"
         self._disk = run.path / f"{options.name}-disk.raw"
         with self._disk.open("xb") as disk:
@@ -259,6 +265,8 @@ class Guest:
         kernel_line = "console=ttyS0 panic=-1 quiet"
         if options.load:
             kernel_line += " pyscan.load=1"
+        if self.bus is not None:
+            kernel_line += f" {self.bus.kernel_append}"
         command: list[str | Path] = [
             "qemu-system-x86_64",
             *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
@@ -267,7 +275,7 @@ class Guest:
             *("-m", f"{options.memory_mib}M"),
             "-object",
             f"memory-backend-file,id=ram,size={options.memory_mib}M,share=on,"
-            f"mem-path={_comma_safe(self.ram_file)}",
+            f"mem-path={comma_safe(self.ram_file)}",
             *("-machine", f"{options.machine},memory-backend=ram"),
             *("-kernel", options.guest_dir / "vmlinuz"),
             *("-initrd", options.guest_dir / options.initrd),
@@ -276,24 +284,20 @@ class Guest:
             *("-netdev", "user,id=net0,restrict=on"),
             *("-device", f"virtio-net-pci,netdev=net0,id={NETWORK_DEVICE_ID},romfile="),
             "-blockdev",
-            f"driver=raw,node-name=disk0,file.driver=file,file.filename={_comma_safe(self._disk)}",
+            f"driver=raw,node-name=disk0,file.driver=file,file.filename={comma_safe(self._disk)}",
             *("-device", "virtio-blk-pci,drive=disk0,id=blk0"),
         ]
         for socket in (self.monitor_qmp, self.agent_qmp, self.lab_qmp):
-            command += ["-qmp", f"unix:{_comma_safe(socket)},server=on,wait=off"]
-        if options.qtest:
-            command += ["-qtest", f"unix:{_comma_safe(self.qtest_socket)},server=on,wait=off"]
-            command += ["-qtest-log", "none"]
+            command += ["-qmp", f"unix:{comma_safe(socket)},server=on,wait=off"]
+        if self.bus is not None:
+            command += self.bus.arguments()
+        if options.qtest or self.bus is not None:
+            command += qtest_arguments(self.qtest_socket)
         # Last: once QEMU has connected to the serial line, its other sockets are open.
         command += [
             "-chardev",
-            f"socket,id=serial0,path={_comma_safe(self._serial)},"
-            f"logfile={_comma_safe(self.serial_log)}",
+            f"socket,id=serial0,path={comma_safe(self._serial)},"
+            f"logfile={comma_safe(self.serial_log)}",
             *("-serial", "chardev:serial0"),
         ]
         return [*command, *options.extra]
-
-
-def _comma_safe(path: Path) -> str:
-    """A path for a QEMU option whose parts are separated by commas."""
-    return str(path).replace(",", ",,")

@@ -30,7 +30,7 @@ from pyscan.policy import judge
 from pyscan.records import Finding, FindingKind, PageStatus, Sweep, Verdict, VerdictState
 from pyscan.runtime import in_thread
 from pyscan.scanner import SuspectPage, Sweeper, SweepOptions, SweepResult, open_scanner
-from pyscan.sources import Source, open_source
+from pyscan.sources import Digesting, Source, open_source
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ class Watch:
             except TargetUnavailable as error:
                 if isinstance(error, KernelStarting) and self._starting_since is None:
                     self._starting_since = time.monotonic()
-                await self._judge(self._lost(str(error)))
+                await self._judge(self._lost(error))
             await asyncio.sleep(RETRY_S)
 
     async def _open(self) -> Source:
@@ -156,6 +156,11 @@ class Watch:
             if isinstance(error, UsageError) and not self._opened:
                 raise
             raise SourceUnavailable(str(error)) from error
+        if isinstance(source, Digesting) and not self._opened:
+            log.info(
+                "target=%s the source digests pages by itself, under its own key",
+                self._settings.target,
+            )
         self._opened = True
         return source
 
@@ -255,16 +260,20 @@ class Watch:
             findings_total=sweep.findings_total,
         )
 
-    def _lost(self, reason: str) -> SweepResult:
-        """The sweep of a target out of reach: every page unread, one finding that says why."""
+    def _lost(self, error: TargetUnavailable) -> SweepResult:
+        """The sweep of a target that gave no sweep: every page unread, one finding says why.
+
+        Its status is OK when the target was read, and not understood.
+        """
+        out_of_reach = isinstance(error, SourceUnavailable)
         sweep_id = new_id()
         finding = Finding(
             id=new_id(),
             sweep=sweep_id,
             kind=FindingKind.UNREADABLE,
-            status=PageStatus.LINK_DOWN,
+            status=PageStatus.LINK_DOWN if out_of_reach else PageStatus.OK,
             place="target",
-            actual=reason,
+            actual=str(error),
         )
         watched = self._pages
         sweep = Sweep(

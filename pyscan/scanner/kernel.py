@@ -23,7 +23,7 @@ from pyscan.errors import KernelStarting, SourceUnavailable
 from pyscan.ids import new_id
 from pyscan.kernel import KernelImage
 from pyscan.records import PAGE_SIZE, Finding, FindingKind, PageStatus, Sweep
-from pyscan.scanner.compare import BaselineComparer, Comparer, ExactComparer
+from pyscan.scanner.compare import Comparer, open_comparer
 from pyscan.scanner.mapping import FINDINGS_MAX, check_mapping
 from pyscan.scanner.pulse import Pulse
 from pyscan.scanner.sweep import SuspectPage, SweepResult
@@ -170,7 +170,7 @@ class KernelScanner:
         mapping = check_mapping(timer.sweep_id, snapshot, self._source)
         boot = _Boot(
             snapshot,
-            self._comparer(snapshot),
+            open_comparer(self._source, snapshot, self._digester, self._keyed, self._audit_percent),
             KernelReport(attached.approved, validation, vector, judged.reports),
             mapping.unlisted_executable,
             _rows_of(validation, snapshot),
@@ -249,13 +249,6 @@ class KernelScanner:
         except AccessFailed as error:
             raise self._unreadable_state(error) from error
         return validation, bad + len(validation.rodata.code.pages)
-
-    def _comparer(self, snapshot: Snapshot) -> Comparer:
-        if self._keyed is None:
-            return ExactComparer(self._source, snapshot, self._digester)
-        return BaselineComparer(
-            self._source, snapshot, self._digester, self._keyed, self._audit_percent
-        )
 
     def _unreadable_state(self, error: AccessFailed) -> SourceUnavailable:
         return SourceUnavailable(f"{self._source.uri}: the kernel's state cannot be read: {error}")

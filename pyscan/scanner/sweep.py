@@ -13,7 +13,7 @@ from pyscan.digest import Comparison, Digester
 from pyscan.ids import new_id
 from pyscan.kernel import place
 from pyscan.records import PAGE_SIZE, Finding, FindingKind, PageStatus, Sweep
-from pyscan.scanner.compare import BaselineComparer, Comparer, ExactComparer
+from pyscan.scanner.compare import open_comparer
 from pyscan.scanner.mapping import FINDINGS_MAX, MappingCheck, check_mapping
 from pyscan.sources import Source
 
@@ -66,11 +66,7 @@ class Scanner:
         self._rereads = rereads
         self._number = 0
         self._page = np.empty((1, PAGE_SIZE), dtype=np.uint8)
-        self._comparer: Comparer = (
-            ExactComparer(source, snapshot, digester)
-            if keyed is None
-            else BaselineComparer(source, snapshot, digester, keyed, audit_percent)
-        )
+        self._comparer = open_comparer(source, snapshot, digester, keyed, audit_percent)
 
     @property
     def report(self) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pyscan.errors import UsageError
 from pyscan.sources.base import (
     NO_OFFSET,
+    Digested,
+    Digesting,
     Frames,
     Offsets,
     Pages,
@@ -15,14 +17,22 @@ from pyscan.sources.base import (
     Statuses,
     View,
 )
+from pyscan.sources.card import open_card, probe_card
+from pyscan.sources.edu import open_edu
 from pyscan.sources.file import open_file
+from pyscan.sources.leechcore import open_leechcore, probe_leechcore
+from pyscan.sources.nvme import open_nvme_dma
+from pyscan.sources.probe import probe_qemu
 from pyscan.sources.qemu import open_qemu
 from pyscan.sources.uri import SourceUri, build_uri, parse_uri
+from pyscan.sources.xdma import open_xdma, probe_xdma
 
 __all__ = [
     "BACKENDS",
     "NO_OFFSET",
     "Backend",
+    "Digested",
+    "Digesting",
     "Frames",
     "Offsets",
     "Pages",
@@ -34,6 +44,10 @@ __all__ = [
 ]
 
 
+def _nothing_to_find() -> str:
+    return "nothing to look for"
+
+
 @dataclass(frozen=True, slots=True)
 class Backend:
     """One kind of source."""
@@ -43,6 +57,8 @@ class Backend:
     summary: str  # one line
     requires: str  # what it needs of the machine, one line
     open: Callable[[SourceUri], Source]
+    # What of it is on this machine, one line; bounded, never raises.
+    probe: Callable[[], str] = _nothing_to_find
 
 
 BACKENDS: tuple[Backend, ...] = (
@@ -59,6 +75,59 @@ BACKENDS: tuple[Backend, ...] = (
         summary="a running QEMU, which is asked for its RAM file and memory map",
         requires="a free QMP socket, RAM in a shared file (memory-backend-file,share=on)",
         open=open_qemu,
+        probe=probe_qemu,
+    ),
+    Backend(
+        scheme="nvme-dma",
+        form=(
+            "nvme-dma:QTEST-SOCKET?memory=FILE&landing=FILE&machine=q35|pc&size=SIZE or &map=FILE "
+            "[&device=SLOT&card=SLOT]"
+        ),
+        summary="a server's memory by DMA through an NVMe controller on its bus",
+        requires="a QEMU with -qtest, ivshmem-plain (memory=) and nvme (landing=) on its bus",
+        open=open_nvme_dma,
+        probe=probe_qemu,
+    ),
+    Backend(
+        scheme="edu",
+        form=(
+            "edu:QTEST-SOCKET?memory=FILE&machine=q35|pc&size=SIZE or &map=FILE "
+            "[&device=SLOT&card=SLOT]"
+        ),
+        summary="the same by QEMU's edu device, two pages a second: for conformance",
+        requires="a QEMU with -qtest, ivshmem-plain (memory=) and edu on its bus",
+        open=open_edu,
+        probe=probe_qemu,
+    ),
+    Backend(
+        scheme="card",
+        form="card:MAILBOX?machine=q35|pc&size=SIZE or card:MAILBOX?map=FILE",
+        summary="a monitoring card that reads and digests the memory by itself",
+        requires="the mailbox's file, or the BAR's resource file in /sys/bus/pci/devices",
+        open=open_card,
+        probe=probe_card,
+    ),
+    Backend(
+        scheme="xdma",
+        form=(
+            "xdma:/dev/xdma0?map=FILE or xdma:/dev/xdma0?machine=q35|pc&size=SIZE[&base=AXI] "
+            "[&channels=N] [&user=REGISTER]"
+        ),
+        summary="an AMD/Xilinx XDMA card that maps the target's memory into its AXI space",
+        requires="AMD's driver (dma_ip_drivers), read access to its device nodes",
+        open=open_xdma,
+        probe=probe_xdma,
+    ),
+    Backend(
+        scheme="leechcore",
+        form=(
+            "leechcore:file:///DUMP or leechcore:DEVICE?machine=q35|pc&size=SIZE "
+            "or leechcore:DEVICE?map=FILE"
+        ),
+        summary="PCILeech hardware or a memory dump, through LeechCore",
+        requires="the package leechcorepyc (pyscan[leechcore])",
+        open=open_leechcore,
+        probe=probe_leechcore,
     ),
 )
 

@@ -7,6 +7,7 @@ Sources are opened read-only and are thread-safe for reads.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
@@ -87,6 +88,32 @@ class Sparse(Protocol):
 
         A scan of all memory may skip the rest: it reads as zeros, and reading it would
         cost time for nothing.
+        """
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Digested:
+    """Pages that were digested where they are.
+
+    `digests` has an array of shape (n, size) for each digest that was asked for, POISON where
+    the status is not OK. `key` names the key of the keyed ones: digests under different keys
+    say nothing of each other.
+    """
+
+    statuses: Statuses
+    digests: tuple[NDArray[np.uint8], ...]
+    key: int
+
+
+@runtime_checkable
+class Digesting(Protocol):
+    """A source that digests pages where they are, under a key of its own."""
+
+    def digest_pages(self, frames: Frames, digests: tuple[str, ...]) -> Digested:
+        """Digest each page of `frames` by every one of `digests` ("sha256", "nh4aes").
+
+        All digests of a page are made of the same bytes. Statuses as those of `Source.read`.
+        Raises ValueError for an unknown digest; never raises for a page.
         """
 
 

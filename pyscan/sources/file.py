@@ -29,9 +29,9 @@ from pyscan.sources.base import (
     check_request,
     poison,
 )
-from pyscan.sources.layout import Layout, Segment, load_map
-from pyscan.sources.machines import find_machine, machine_layout
-from pyscan.sources.uri import SourceUri, parse_size
+from pyscan.sources.layout import Layout, Segment
+from pyscan.sources.machines import uri_layout
+from pyscan.sources.uri import SourceUri
 
 #: A gap in a sparse file shorter than this is read rather than remembered, and after this
 #: many extents the rest counts as data: both bound what a fragmented file can cost.
@@ -188,15 +188,7 @@ def open_file(uri: SourceUri) -> FileSource:
     access = uri.parameters.get("access", Access.MAP)
     if access not in set(Access):
         raise UsageError(f"{uri.text}: access must be map or pread, not {access!r}")
-    if "map" in uri.parameters:
-        if "machine" in uri.parameters or "size" in uri.parameters:
-            raise UsageError(f"{uri.text}: give either map=, or machine= and size=")
-        layout = load_map(Path(uri.parameters["map"]))
-    else:
-        uri.require("machine", "size")
-        machine = find_machine(uri.parameters["machine"])
-        layout = machine_layout(machine, parse_size(uri.parameters["size"]))
-    return FileSource(uri.text, Path(uri.path), layout, Access(access))
+    return FileSource(uri.text, Path(uri.path), uri_layout(uri), Access(access))
 
 
 def _open(path: Path) -> int:

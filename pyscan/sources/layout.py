@@ -18,7 +18,9 @@ from pyscan.sources.base import NO_OFFSET, Frames, Offsets, find_regions
 MAP_FILE_BYTES_MAX = 1 << 20
 MAP_REGIONS_MAX = 4096
 
-_ADDRESS_END = 1 << 52  # physical addresses have at most 52 bits (Intel SDM vol. 3, 4.1.4)
+#: Physical addresses have at most 52 bits (Intel SDM vol. 3, 4.1.4).
+ADDRESS_END = 1 << 52
+
 _KEYS = {"gpa", "length", "offset"}
 
 
@@ -57,6 +59,10 @@ class Layout:
     def of(cls, segments: Iterable[Segment]) -> Layout:
         """Build a layout from segments in any order."""
         return cls(tuple(sorted(segments, key=lambda segment: segment.region.gpa)))
+
+    def linear(self, base: int = 0) -> Layout:
+        """The same memory where guest-physical address 0 lies at `base`, and all follows it."""
+        return Layout(tuple(Segment(region, base + region.gpa) for region in self.memory_map))
 
     @property
     def file_bytes(self) -> int:
@@ -107,7 +113,7 @@ def _segment(number: int, table: object) -> Segment:
         raise ValueError(f"region {number}: kind must be 'ram' or 'rom', not {kind!r}")
     for key in sorted(_KEYS):
         value = table[key]
-        if type(value) is not int or not 0 <= value < _ADDRESS_END or value % PAGE_SIZE:
+        if type(value) is not int or not 0 <= value < ADDRESS_END or value % PAGE_SIZE:
             raise ValueError(f"region {number}: {key} must be a multiple of 4096 below 2**52")
     region = MemoryRegion(table["gpa"], table["length"], RegionKind(kind))
     return Segment(region, table["offset"])

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from pyscan.errors import UsageError
 from pyscan.records import PAGE_SIZE, MemoryRegion, RegionKind
-from pyscan.sources.layout import Layout, Segment
+from pyscan.sources.layout import Layout, Segment, load_map
+from pyscan.sources.uri import SourceUri, parse_size
 
 _GIB = 1 << 30
 _ABOVE_GPA = 4 * _GIB
@@ -54,6 +56,21 @@ def find_machine(name: str) -> Machine:
             "(describe any other with map=FILE)"
         )
     return machine
+
+
+def uri_layout(uri: SourceUri) -> Layout:
+    """The layout that a URI describes by `map=FILE`, or by `machine=NAME&size=SIZE`.
+
+    Raises UsageError (ConfigError for what stands in the map file).
+    """
+    if "map" in uri.parameters:
+        if "machine" in uri.parameters or "size" in uri.parameters:
+            raise UsageError(f"{uri.text}: give either map=, or machine= and size=")
+        return load_map(Path(uri.parameters["map"]))
+    uri.require("machine", "size")
+    return machine_layout(
+        find_machine(uri.parameters["machine"]), parse_size(uri.parameters["size"])
+    )
 
 
 def machine_layout(machine: Machine, size: int, below_4g_max: int | None = None) -> Layout:

@@ -88,6 +88,7 @@ def _wait_for_run(scratch: Scratch, process: subprocess.Popen[str]) -> None:
         ["--action", "kill", "--tamper", "syscall", "--machine", "pc"],
         ["--action", "freeze", "--tamper", "external", "--machine", "q35"],
         ["--action", "freeze", "--tamper", "external", "--approve", "package"],
+        ["--action", "freeze", "--tamper", "text", "--source", "card"],
     ],
     ids=lambda options: "-".join(options[1::2]),
 )
@@ -104,7 +105,15 @@ def test_the_main_job(
     assert document["verified"] is True
     assert set(document["checks"].values()) == {True}
     assert document["action"] == action
-    assert document["source"].startswith(f"qemu:{scratch.path}/")
+    if "card" in options:
+        assert document["source"].startswith("card:/dev/shm/")
+        assert document["card"]["engine"] == "dma"
+        assert document["card"]["pages"] >= document["coverage"]["pages_swept"]
+        assert document["card"]["bus_accesses"] > 0
+        assert "the monitor had no access to the guest's RAM file" in document["checks"]
+    else:
+        assert document["source"].startswith(f"qemu:{scratch.path}/")
+        assert document["card"] is None
     finding = document["finding"]
     assert re.fullmatch(r"0x[0-9a-f]+", finding["physical_frame"])
     assert finding["expected"] != finding["actual"]

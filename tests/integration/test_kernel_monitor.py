@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import Operator
+from operator_shell import Operator
 from site_parts import DEADLINE_S, HOST, MONITOR, VM, Site
 
 from pyscan.approved import LinuxApproved, load_approved, save_linux

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Operator
+from operator_shell import Operator
 
 from pyscan.approved import LinuxApproved, load_approved, save_linux
 from pyscan.digest import open_digester

@@ -20,7 +20,9 @@ from pyscan.errors import SourceUnavailable
 from pyscan.evidence import EvidenceLog
 from pyscan.keys import KeyRing, PublicKey, SigningKey
 from pyscan.records import PAGE_SIZE, PageStatus
+from pyscan.sources import BACKENDS, leechcore
 from pyscan.sources.layers import FaultSource
+from pyscan.sources.probe import probe_qemu
 
 COMMANDS = [
     ("demo",),
@@ -36,6 +38,8 @@ COMMANDS = [
     ("evidence", "verify"),
     ("keys", "create"),
     ("sources",),
+    ("card", "status"),
+    ("card", "log"),
 ]
 
 
@@ -545,7 +549,33 @@ def test_evidence_that_does_not_verify(evidence: Path, tmp_path: Path, pyscan: P
 def test_sources(pyscan: Pyscan) -> None:
     output = pyscan("sources")
     assert output.status == 0
-    assert {"file", "qemu"} <= set(output.facts)
+    schemes = [backend.scheme for backend in BACKENDS]
+    assert {"file", "qemu", "nvme-dma", "edu", "card", "xdma", "leechcore"} == set(schemes)
+    assert set(schemes) <= set(output.facts)
     document = pyscan("sources", "--json").json()
-    assert [backend["scheme"] for backend in document] == ["file", "qemu"]
-    assert all(set(b) == {"scheme", "form", "summary", "requires"} for b in document)
+    assert [backend["scheme"] for backend in document] == schemes
+    assert all(set(b) == {"scheme", "form", "summary", "requires", "found"} for b in document)
+    found = {backend["scheme"]: backend["found"] for backend in document}
+    assert "QEMU emulator version" in found["qemu"]
+    assert found["leechcore"].startswith("leechcorepyc ")
+
+
+def test_sources_on_a_machine_that_has_nothing(
+    pyscan: Pyscan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(leechcore, "PACKAGE", "leechcorepyc_that_is_not_there")
+    probe_qemu.cache_clear()
+    try:
+        document = pyscan("sources", "--json").json()
+        broken = tmp_path / "qemu-system-x86_64"
+        broken.write_text("#!/nowhere\n")
+        broken.chmod(0o755)
+        probe_qemu.cache_clear()
+        assert "does not run" in probe_qemu()
+    finally:
+        probe_qemu.cache_clear()
+    found = {backend["scheme"]: backend["found"] for backend in document}
+    assert found["qemu"].startswith("no qemu-system-x86_64 on PATH")
+    assert found["leechcore"].startswith("leechcorepyc_that_is_not_there is not installed")
+    assert all("\n" not in line for line in found.values())

@@ -15,7 +15,7 @@ from pyscan.digest import Comparison, Digester, DigestKey, open_digester
 from pyscan.policy import judge
 from pyscan.records import PageStatus, VerdictState
 from pyscan.scanner import Scanner, compare
-from pyscan.scanner.compare import BaselineComparer
+from pyscan.scanner.compare import Comparer, open_comparer
 from pyscan.sources import Source
 from pyscan.sources.file import Access
 from pyscan.sources.layers import FaultSource
@@ -53,8 +53,8 @@ def nh4aes() -> Iterator[Digester]:
 
 def comparer(
     source: Source, snapshot: Snapshot, keyed: Any, audit_percent: float = 0.0
-) -> BaselineComparer:
-    return BaselineComparer(source, snapshot, open_digester(), keyed, audit_percent)
+) -> Comparer:
+    return open_comparer(source, snapshot, open_digester(), keyed, audit_percent)
 
 
 def listed(found: Comparison) -> list[int]:

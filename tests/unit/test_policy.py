@@ -73,6 +73,10 @@ DIGEST, MAPPING, UNREADABLE, ATTACH = (
         (_sweep(UNREADABLE, ok=9, unreadable=1), VerdictState.UNDECIDED, "1 of 10"),
         (_sweep(ok=9, unreadable=1), VerdictState.UNDECIDED, "could not be read"),
         (_sweep(UNREADABLE), VerdictState.UNDECIDED, "page tables could not be read"),
+        (_sweep(ok=0, unreadable=10), VerdictState.UNDECIDED, "access lost: none of 10"),
+        (_sweep(UNREADABLE, ATTACH, ok=0, unreadable=10), VerdictState.UNDECIDED, "access lost"),
+        (_sweep(UNREADABLE, MAPPING, ok=0, unreadable=10), VerdictState.UNAPPROVED, "elsewhere"),
+        (_sweep(UNREADABLE, ok=1, unreadable=9), VerdictState.UNDECIDED, "^9 of 10 pages"),
         (_sweep(findings_total=1), VerdictState.UNDECIDED, "do not explain"),
         (_sweep(watched=0, ok=0), VerdictState.UNDECIDED, "do not add up"),
         (_sweep(watched=11), VerdictState.UNDECIDED, "do not add up"),
@@ -84,6 +88,24 @@ def test_what_a_sweep_means(sweep: Sweep, state: VerdictState, reason: str) -> N
     assert decided is state
     assert re.search(reason, text)
     assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [
+        (PageStatus.BLOCKED, "access lost: none of 10 pages could be read (blocked)"),
+        (PageStatus.LINK_DOWN, "access lost: none of 10 pages could be read (link down): why"),
+        (PageStatus.OK, "why"),
+    ],
+)
+def test_why_nothing_was_read(status: PageStatus, reason: str) -> None:
+    finding = replace(_finding(UNREADABLE), status=status)
+    if status is PageStatus.BLOCKED:
+        finding = replace(finding, frame=7, actual="unreadable table")
+    else:
+        finding = replace(finding, actual="why")
+    sweep = _sweep(ok=0, unreadable=10, findings=(finding,))
+    assert judge(sweep) == (VerdictState.UNDECIDED, reason)
 
 
 COUNTS = st.integers(-1, 3)

@@ -116,6 +116,7 @@ static void open_engine(void)
     bus_init(&board.bus, board.mailbox.memory,
              seed[0] | (uint32_t)seed[1] << 8 | (uint32_t)seed[2] << 16 | (uint32_t)seed[3] << 24);
     ps_nvme_port port = {.memory = board.engine.memory,
+                         .landing = board.landing.memory,
                          .buffers = PS_HAL_BUFFERS_MAX,
                          .gather_max = board.gather_max,
                          .gather_timeout_us = GATHER_TIMEOUT_US,

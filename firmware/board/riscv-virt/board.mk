@@ -13,8 +13,8 @@ RISCV_DIR := $(OUT)/riscv-virt
 
 RISCV_NATIVE := ps_shake ps_aes_portable ps_key_expand ps_keyed ps_digest_sha256_portable \
 	ps_digest_nh4aes_portable
-RISCV_SOURCES := board/riscv-virt/start.S $(wildcard board/riscv-virt/*.c) engine/nvme.c \
-	$(wildcard core/*.c) $(RISCV_NATIVE:%=../native/%.c)
+RISCV_SOURCES := board/riscv-virt/start.S $(wildcard board/riscv-virt/*.c) \
+	$(wildcard engine/*.c core/*.c) $(RISCV_NATIVE:%=../native/%.c)
 RISCV_OBJECTS := $(addprefix $(RISCV_DIR)/,$(addsuffix .o,$(notdir $(RISCV_SOURCES))))
 RISCV_HEADERS := $(wildcard *.h core/*.h engine/*.h board/riscv-virt/*.h \
 	board/riscv-virt/include/*.h ../native/*.h)
