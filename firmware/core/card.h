@@ -75,6 +75,7 @@ typedef struct {
 
     uint32_t log_lines; /* in the second that began at log_since_us */
     uint32_t log_left_out;
+    const char *trouble; /* of the engine, as it was logged last; NULL when it works */
     uint64_t log_since_us;
 
     uint64_t poison;   /* state of the generator of poison */

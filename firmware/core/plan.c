@@ -153,11 +153,20 @@ static void give_up(ps_card *card, ps_gather *gather, uint8_t status)
     gather->state = PS_GATHER_FREE;
 }
 
+/* Logs how the engine is when that changes; `trouble` is a literal, or NULL when all is well. */
+static void note_trouble(ps_card *card, const char *trouble)
+{
+    if (card->trouble != trouble) {
+        card->trouble = trouble;
+        ps_card_log(card, trouble != NULL ? trouble : "gather: the engine works again");
+    }
+}
+
 /* The engine has failed as a whole; after some of that the rest of the command is not tried. */
-static void fail(ps_card *card, ps_gather *gather, uint8_t status, const char *line)
+static void fail(ps_card *card, ps_gather *gather, uint8_t status, const char *trouble)
 {
     ps_job *job = &card->job;
-    ps_card_log(card, line);
+    note_trouble(card, trouble);
     give_up(card, gather, status);
     job->failures++;
     if (job->failures >= FAILURES_MAX || status == PS_PAGE_BLOCKED) {
@@ -186,6 +195,7 @@ static void settle(ps_card *card, ps_gather *gather, ps_hal_state state)
     }
     switch (state) {
     case PS_HAL_DONE:
+        note_trouble(card, NULL);
         gather->state = PS_GATHER_LANDED;
         break;
     case PS_HAL_REFUSED:
