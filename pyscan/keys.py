@@ -12,7 +12,8 @@ import hashlib
 import os
 import secrets
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,6 +57,16 @@ class PublicKey:
         if not isinstance(key, Ed25519PublicKey):
             raise UsageError(f"{path}: not an Ed25519 key; other kinds are not accepted")
         return cls(key)
+
+    @classmethod
+    def from_raw(cls, raw: bytes) -> PublicKey:
+        """The key of 32 raw bytes (RFC 8032, 5.1.5). Raises ValueError for another length."""
+        return cls(Ed25519PublicKey.from_public_bytes(raw))
+
+    @property
+    def raw(self) -> bytes:
+        """The 32 raw bytes."""
+        return self.key.public_bytes_raw()
 
     def pem(self) -> bytes:
         """SubjectPublicKeyInfo in PEM form: the one spelling that `save` writes."""
@@ -101,12 +112,7 @@ class SigningKey:
         Raises UsageError when the file is not an Ed25519 private key without password, or
         when anyone but its owner may read or write it.
         """
-        data, mode = _read(path)
-        if mode & (stat.S_IRWXG | stat.S_IRWXO):
-            raise UsageError(
-                f"{path}: a private key that others may reach (mode {stat.S_IMODE(mode):04o}); "
-                f"run: chmod 600 '{path}', and replace the key if it was readable"
-            )
+        data = read_private(path)
         try:
             key = serialization.load_pem_private_key(data, password=None)
         except (ValueError, TypeError, UnsupportedAlgorithm):
@@ -145,8 +151,13 @@ class KeyRing:
     @classmethod
     def of(cls, keys: Mapping[str, PublicKey], role: str = "peer") -> KeyRing:
         """Pin each key to its owner's name. Raises UsageError when two names share a key."""
+        return cls.of_pairs(keys.items(), role)
+
+    @classmethod
+    def of_pairs(cls, keys: Iterable[tuple[str, PublicKey]], role: str) -> KeyRing:
+        """As `of`; a name may have several keys, as it has while its key is replaced."""
         entries: dict[bytes, tuple[str, PublicKey]] = {}
-        for name, key in keys.items():
+        for name, key in keys:
             if key.key_id in entries:
                 raise UsageError(
                     f"{role} keys: {entries[key.key_id][0]} and {name} have the same key; "
@@ -163,6 +174,17 @@ class KeyRing:
             raise SignatureInvalid(
                 "unknown_key", f"key {key_id.hex()} is not pinned as a {self.role} key"
             ) from None
+
+
+def read_private(path: Path) -> bytes:
+    """What a private key's file holds. Raises UsageError when others may read or write it."""
+    data, mode = _read(path)
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise UsageError(
+            f"{path}: a private key that others may reach (mode {stat.S_IMODE(mode):04o}); "
+            f"run: chmod 600 '{path}', and replace the key if it was readable"
+        )
+    return data
 
 
 def _open_file(path: str, flags: int) -> int:
@@ -199,6 +221,25 @@ def create_file(path: Path, data: bytes, mode: int) -> None:
 
     Never replaces a file: raises FileExistsError, or any other OSError.
     """
+    with _partial(path, data, mode) as partial:
+        # link() fails where rename() would replace.
+        os.link(partial, path)
+    sync_directory(path.parent)
+
+
+def replace_file(path: Path, data: bytes, mode: int) -> None:
+    """Put a whole file in the place of what was there, on the disk when this returns.
+
+    Raises OSError; what was there stays then.
+    """
+    with _partial(path, data, mode) as partial:
+        partial.rename(path)
+    sync_directory(path.parent)
+
+
+@contextmanager
+def _partial(path: Path, data: bytes, mode: int) -> Iterator[Path]:
+    """The data in a file beside `path`, which is gone afterwards."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}{PARTIAL_SUFFIX}")
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
@@ -207,11 +248,9 @@ def create_file(path: Path, data: bytes, mode: int) -> None:
             file.flush()
             os.fchmod(descriptor, mode)
             os.fsync(descriptor)
-        # link() fails where rename() would replace.
-        os.link(partial, path)
+        yield partial
     finally:
-        partial.unlink()
-    sync_directory(path.parent)
+        partial.unlink(missing_ok=True)
 
 
 def sync_directory(directory: Path) -> None:

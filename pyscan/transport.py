@@ -39,13 +39,22 @@ if TYPE_CHECKING:
     from paho.mqtt.client import SocketLike  # paho defines it for type checkers only
 
 log = logging.getLogger(__name__)
+#: What aiomqtt and paho log about each packet that they do not like; `Link.problem` has it.
+_packet_log = logging.getLogger(f"{__name__}.packets")
+_packet_log.setLevel(logging.CRITICAL)
 
 #: Broker keeps the session, and what is queued in it, this long without us.
 SESSION_EXPIRY_S = 7 * 24 * 3600
 #: Messages that may be unacknowledged at once; the broker holds back the others.
 RECEIVE_MAX = 64
-#: Largest packet that we accept. Envelopes are far smaller (docs/spec/wire.md).
-PACKET_BYTES_MAX = 1 << 20
+#: Largest packet that we accept. No envelope has more than half of it (docs/spec/wire.md).
+PACKET_BYTES_MAX = 1 << 17
+#: What may wait for the consumer: RECEIVE_MAX of the largest packets, or thousands of usual
+#: ones. mosquitto 2.0.11 does not keep to ReceiveMaximum once a client acknowledges only a part
+#: of what it has, so more messages than that are no reason to hang up.
+INCOMING_BYTES_MAX = RECEIVE_MAX * PACKET_BYTES_MAX
+#: What a message takes besides its payload, roughly.
+MESSAGE_OVERHEAD_BYTES = 1024
 KEEPALIVE_S = 15
 #: Bound of every single exchange with the broker.
 EXCHANGE_TIMEOUT_S = 5.0
@@ -53,6 +62,9 @@ CONNECT_POLL_S = 0.02
 CLOSE_POLLS_MAX = 100
 BACKOFF_FIRST_S = 0.1
 BACKOFF_MAX_S = 10.0
+#: A connection that was lost sooner counts as a failed attempt: a broker that accepts us only
+#: to throw us out must not set the pace.
+STABLE_S = 5.0
 #: Wait before an entry that the broker refused is offered again.
 REFUSED_RETRY_S = 5.0
 #: Reason codes from here on are failures (MQTT 5, section 2.4).
@@ -91,8 +103,10 @@ class LinkSettings:
     username: str | None = None
     password: str | None = None
     ca: Path | None = None
+    crl: Path | None = None
     certificate: Path | None = None
     key: Path | None = None
+    durable: bool = True  # false: the broker forgets the session when its connection ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +132,11 @@ class Message:
         self.topic = topic
         self.payload = payload
         self._acknowledge = acknowledge
+
+    @property
+    def weight(self) -> int:
+        """Bytes of memory that it takes, roughly."""
+        return len(self.payload) + MESSAGE_OVERHEAD_BYTES
 
     def acknowledge(self) -> None:
         """Tell the broker that the message is done and must not come again.
@@ -265,13 +284,15 @@ class Link:
         self._subscriptions = tuple(subscriptions)
         self._will = will
         self._greeting = greeting
-        self._incoming: asyncio.Queue[Message] = asyncio.Queue(RECEIVE_MAX)
+        self._incoming: asyncio.Queue[Message] = asyncio.Queue()
+        self._incoming_bytes = 0
         self._online = asyncio.Event()
         self._outbox_changed = asyncio.Event()
         self._session: _Session | None = None
         self._state = LinkState.CLOSED
         self._problem = ""
         self._unconfirmed_dropped = 0
+        self._online_since_s = 0.0
 
     @property
     def state(self) -> LinkState:
@@ -289,9 +310,11 @@ class Link:
 
     @property
     async def messages(self) -> AsyncIterator[Message]:
-        """Received messages, oldest first; at most RECEIVE_MAX are unacknowledged."""
+        """Received messages, oldest first; INCOMING_BYTES_MAX of them wait here."""
         while True:
-            yield await self._incoming.get()
+            message = await self._incoming.get()
+            self._incoming_bytes -= message.weight
+            yield message
 
     async def publish(self, publication: Publication) -> None:
         """Publish at QoS 1; returns when the broker has confirmed it.
@@ -328,7 +351,7 @@ class Link:
 
     async def _pump_once(self, outbox: PendingEntries) -> bool:
         """Publish all pending entries; tells whether one of them was refused."""
-        refused: set[str] = set()
+        refused: dict[str, PublishRefusedError] = {}
         while entries := [entry for entry in outbox.pending() if entry.topic not in refused]:
             for entry in entries:
                 if entry.topic in refused:
@@ -336,10 +359,12 @@ class Link:
                 try:
                     await self.publish(_publication(entry))
                 except PublishRefusedError as error:
-                    log.warning("outbox entry kept number=%d problem=%s", entry.number, error)
-                    refused.add(entry.topic)
+                    refused[entry.topic] = error
                 else:
                     outbox.sent(entry.number)
+        if refused:
+            first = next(iter(refused.values()))
+            log.warning("outbox entries kept topics=%d problem=%s", len(refused), first)
         return bool(refused)
 
     async def _wait_outbox(self, timeout_s: float | None) -> None:
@@ -356,11 +381,15 @@ class Link:
                 try:
                     await self._connected_once()
                 except TransportError as error:
-                    attempt = 0 if self._state is LinkState.ONLINE else attempt + 1
+                    attempt = 0 if self._was_stable() else attempt + 1
                     self._enter(LinkState.WAITING, str(error))
                 await asyncio.sleep(backoff_s(attempt))
         finally:
             self._enter(LinkState.CLOSED, "")
+
+    def _was_stable(self) -> bool:
+        now_s = asyncio.get_running_loop().time()
+        return self._state is LinkState.ONLINE and now_s - self._online_since_s >= STABLE_S
 
     async def _connected_once(self) -> None:
         """One connection, from CONNECT until it is lost. Always raises."""
@@ -384,6 +413,7 @@ class Link:
         # What an earlier connection brought is not acknowledged, so it comes again.
         while not self._incoming.empty():
             self._incoming.get_nowait()
+        self._incoming_bytes = 0
         if self._subscriptions:
             topics = [(topic, SubscribeOptions(qos=AT_LEAST_ONCE)) for topic in self._subscriptions]
             codes = await session.client.subscribe(topics)
@@ -399,6 +429,7 @@ class Link:
             except PublishRefusedError as error:
                 log.warning("greeting lost problem=%s", error)
         self._session = session
+        self._online_since_s = asyncio.get_running_loop().time()
         self._enter(LinkState.ONLINE, "")
         self._online.set()
 
@@ -411,12 +442,13 @@ class Link:
                 if self._unconfirmed_dropped == 1:
                     log.warning("qos 0 message dropped topic=%s", received.topic)
                 continue
-            try:
-                self._incoming.put_nowait(session.message(received))
-            except asyncio.QueueFull:
+            message = session.message(received)
+            self._incoming_bytes += message.weight
+            if self._incoming_bytes > INCOMING_BYTES_MAX:
                 raise TransportError(
-                    f"broker {self._address} sends more than ReceiveMaximum={RECEIVE_MAX}"
-                ) from None
+                    f"broker {self._address} sends far more than ReceiveMaximum={RECEIVE_MAX}"
+                )
+            self._incoming.put_nowait(message)
 
     async def _leave(self, session: _Session) -> None:
         """Say goodbye on a clean stop (the broker keeps a will to itself then), and disconnect."""
@@ -426,13 +458,17 @@ class Link:
             with contextlib.suppress(TransportError):
                 await session.publish(self._will())
         session.close()
-        with contextlib.suppress(aiomqtt.MqttError):
-            await session.client.__aexit__(None, None, None)
+        try:
+            with contextlib.suppress(aiomqtt.MqttError):
+                await session.client.__aexit__(None, None, None)
+        finally:
+            # After an error in what it received, aiomqtt leaves the socket open, and reads on.
+            session.client._client._sock_close()
 
     def _client(self) -> aiomqtt.Client:
         settings = self._settings
         connect = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]  # paho has no hints here
-        connect.SessionExpiryInterval = SESSION_EXPIRY_S
+        connect.SessionExpiryInterval = SESSION_EXPIRY_S if settings.durable else 0
         connect.ReceiveMaximum = RECEIVE_MAX
         connect.MaximumPacketSize = PACKET_BYTES_MAX
         client = aiomqtt.Client(
@@ -442,9 +478,10 @@ class Link:
             username=settings.username,
             password=settings.password,
             protocol=aiomqtt.ProtocolVersion.V5,
-            clean_start=False,
+            clean_start=not settings.durable,
             properties=connect,
             keepalive=KEEPALIVE_S,
+            logger=_packet_log,
             timeout=EXCHANGE_TIMEOUT_S,
             tls_context=_tls_context(settings),
             # Without it a QoS 1 exchange waits for the delayed ACK: 88 ms instead of 1 ms.
@@ -452,6 +489,7 @@ class Link:
             will=_last_will(self._will()) if self._will is not None else None,
         )
         client._client.on_socket_register_write = _write_watch(asyncio.get_running_loop())
+        client._client._sock_recv = _bounded_receive(client._client)  # type: ignore[assignment]
         return client
 
     @property
@@ -504,6 +542,24 @@ async def _connect(client: aiomqtt.Client) -> None:
         raise
 
 
+def _bounded_receive(client: PahoClient) -> Callable[[int], bytes]:
+    """What paho reads from its socket with, ended by a packet that we never asked for.
+
+    paho buffers up to the 256 MB that a packet may claim to have, and keeps every QoS 2
+    message until the broker releases it: either would let a broker take all our memory.
+    """
+    receive = client._sock_recv
+
+    def bounded(size: int) -> bytes:
+        packet = client._in_packet
+        # Type PUBLISH with QoS 2, MQTT 5 section 3.3.1; our subscriptions have QoS 1.
+        if packet["remaining_length"] > PACKET_BYTES_MAX or packet["command"] & 0xF6 == 0x34:
+            raise ConnectionError("a packet that was not asked for")
+        return receive(size)
+
+    return bounded
+
+
 def _write_watch(
     loop: asyncio.AbstractEventLoop,
 ) -> Callable[[PahoClient, object, SocketLike], None]:
@@ -538,7 +594,12 @@ def _explain(error: aiomqtt.MqttError) -> str:
         return f"{code}; {_ADVICE.get(code.value, 'see the log of the broker')}"
     if code is not None:
         return "connection lost; is the broker running?"
-    return f"{cause}; is the broker running, and are [mqtt] host and port right?"
+    # aiomqtt keeps of an ssl.SSLError only its text.
+    if "CERTIFICATE_VERIFY_FAILED" in str(cause):
+        return f"its certificate is refused ({cause}); check [mqtt] host, ca and crl"
+    if "[SSL" in str(cause):
+        return f"{cause}; check [mqtt] port, certificate and key"
+    return f"{cause}; is the broker running, and is [mqtt] right?"
 
 
 def _tls_context(settings: LinkSettings) -> ssl.SSLContext | None:
@@ -547,11 +608,14 @@ def _tls_context(settings: LinkSettings) -> ssl.SSLContext | None:
     try:
         context = ssl.create_default_context(cafile=settings.ca)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
+        if settings.crl is not None:
+            context.load_verify_locations(cafile=settings.crl)
+            context.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_LEAF
         if settings.certificate is not None:
             context.load_cert_chain(settings.certificate, settings.key)
     except (OSError, ssl.SSLError) as error:
         raise TransportError(
-            f"TLS files cannot be used: {error}; check [mqtt] ca, certificate and key"
+            f"TLS files cannot be used: {error}; check [mqtt] ca, crl, certificate and key"
         ) from None
     return context
 

@@ -6,7 +6,7 @@ import os
 import sqlite3
 import stat
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path, PosixPath
 from typing import Annotated, TypeVar
@@ -14,11 +14,12 @@ from typing import Annotated, TypeVar
 import msgspec
 
 from pyscan.config.problem import syntax_line, validation_problem
-from pyscan.errors import ConfigError, UsageError
+from pyscan.errors import ConfigError, FileFormatError, UsageError
 from pyscan.evidence import EvidenceLog
-from pyscan.keys import KeyRing, PublicKey, SigningKey
+from pyscan.keys import KeyRing, PublicKey, SigningKey, read_private
 from pyscan.outbox import open_database
 from pyscan.transport import LinkSettings
+from pyscan.trust import Keeper, Role, SetFiles
 
 CONFIG_BYTES_MAX = 1 << 20
 PASSWORD_BYTES_MAX = 1024
@@ -27,11 +28,17 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 Name = Annotated[str, msgspec.Meta(pattern=NAME_PATTERN)]
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
-ConfigT = TypeVar("ConfigT", bound="Program")
+ConfigT = TypeVar("ConfigT", bound=msgspec.Struct)
 
 
 class InputFile(PosixPath):
     """A path to a regular file that exists and is readable."""
+
+    __slots__ = ()
+
+
+class PrivateFile(PosixPath):
+    """A path to a private key that only its owner may read."""
 
     __slots__ = ()
 
@@ -87,16 +94,17 @@ class Mqtt(Table, frozen=True, kw_only=True):
     username: str | None = None
     password_file: Password | None = None
     ca: InputFile | None = None
+    crl: InputFile | None = None  # of the authority in `ca`: brokers that are not trusted any more
     certificate: InputFile | None = None
-    key: InputFile | None = None
+    key: PrivateFile | None = None
 
     def __post_init__(self) -> None:
         if self.password_file is not None and self.username is None:
             raise ValueError("password_file needs a username")
         if (self.certificate is None) != (self.key is None):
             raise ValueError("certificate and key come together")
-        if self.certificate is not None and self.ca is None:
-            raise ValueError("a client certificate needs ca")
+        if (self.certificate is not None or self.crl is not None) and self.ca is None:
+            raise ValueError("a client certificate and crl need ca")
 
 
 class State(Table, frozen=True, kw_only=True):
@@ -116,42 +124,43 @@ class State(Table, frozen=True, kw_only=True):
 
 
 class Trust(Table, frozen=True, kw_only=True):
-    """The pinned public keys of the other programs."""
+    """Whose signatures count: pinned public keys, and a key set that an offline root signs."""
 
     monitors: dict[Name, PinnedKey] = {}
     controls: dict[Name, PinnedKey] = {}
+    operators: dict[Name, PinnedKey] = {}
     agents: dict[Name, PinnedKey] = {}
     approvers: tuple[PinnedKey, ...] = ()
+    root: PinnedKey | None = None
+    key_set: Path | None = msgspec.field(name="set", default=None)
 
     def __post_init__(self) -> None:
+        if (self.root is None) != (self.key_set is None):
+            raise ValueError("root and set come together")
         try:
-            self.monitor_ring()
-            self.control_ring()
-            self.agent_ring()
-            self.approver_ring()
+            for role, keys in self.pinned().items():
+                KeyRing.of(keys, role)
         except UsageError as error:
             raise ValueError(str(error)) from error
 
-    def monitor_ring(self) -> KeyRing:
-        """Keys that may sign verdicts."""
-        return _ring(self.monitors, "monitor")
+    def pinned(self) -> dict[Role, dict[str, PublicKey]]:
+        """The keys of this table by role and name."""
+        approvers = {f"approver-{n}": key for n, key in enumerate(self.approvers, start=1)}
+        tables = {
+            Role.MONITOR: self.monitors,
+            Role.CONTROL: self.controls,
+            Role.OPERATOR: self.operators,
+            Role.AGENT: self.agents,
+            Role.APPROVER: approvers,
+        }
+        return {
+            role: {name: key.value for name, key in keys.items()} for role, keys in tables.items()
+        }
 
-    def control_ring(self) -> KeyRing:
-        """Keys that may sign commands."""
-        return _ring(self.controls, "control")
-
-    def agent_ring(self) -> KeyRing:
-        """Keys that may sign reports."""
-        return _ring(self.agents, "agent")
-
-    def approver_ring(self) -> KeyRing:
-        """Keys that may sign approved configurations."""
-        named = {f"approver-{n}": key for n, key in enumerate(self.approvers, start=1)}
-        return _ring(named, "approver")
-
-
-def _ring(keys: Mapping[str, PinnedKey], role: str) -> KeyRing:
-    return KeyRing.of({name: key.value for name, key in keys.items()}, role)
+    def hears(self, *roles: Role) -> bool:
+        """Whether anybody in one of these roles can be believed."""
+        pinned = self.pinned()
+        return self.key_set is not None or any(pinned[role] for role in roles)
 
 
 class Program(Table, frozen=True, kw_only=True):
@@ -175,6 +184,13 @@ class Program(Table, frozen=True, kw_only=True):
         ):
             yield database, log
 
+    def keeper(self) -> Keeper:
+        """Who is believed. Raises FileFormatError when the key set cannot be used."""
+        trust, files = self.trust, None
+        if trust.root is not None and trust.key_set is not None:
+            files = SetFiles(trust.root.value, trust.key_set, self.state.directory / "trust.cose")
+        return Keeper(trust.pinned(), files)
+
     def link_settings(self, program: str) -> LinkSettings:
         """How the transport reaches the broker; the session is named by program and name."""
         return LinkSettings(
@@ -184,6 +200,7 @@ class Program(Table, frozen=True, kw_only=True):
             username=self.mqtt.username,
             password=self.mqtt.password_file,
             ca=self.mqtt.ca,
+            crl=self.mqtt.crl,
             certificate=self.mqtt.certificate,
             key=self.mqtt.key,
         )
@@ -205,10 +222,17 @@ def load_config(path: Path, kind: type[ConfigT]) -> ConfigT:
         return _read_path(wanted, base / value)
 
     try:
-        return msgspec.convert(document, kind, dec_hook=decode)
+        config = msgspec.convert(document, kind, dec_hook=decode)
     except msgspec.ValidationError as error:
         message, line = validation_problem(str(error), text)
         raise ConfigError(path, line, message) from error
+    try:
+        if isinstance(config, Program):
+            config.keeper()
+    except FileFormatError as error:
+        message, line = validation_problem(f"[trust] set: {error}", text)
+        raise ConfigError(path, line, message) from error
+    return config
 
 
 def _lists_for_single_files(document: dict[str, object]) -> None:
@@ -240,6 +264,9 @@ def _read_path(wanted: type, path: Path) -> object:
             return OwnKey(SigningKey.load(path))
         if wanted is PinnedKey:
             return PinnedKey(PublicKey.load(path))
+        if wanted is PrivateFile:
+            read_private(path)
+            return PrivateFile(path)
     except UsageError as error:
         raise ValueError(str(error)) from error
     if wanted is Password:

@@ -9,6 +9,7 @@ import msgspec
 
 from pyscan.config.base import InputFile, Name, Program, Table, load_config, refuse_duplicates
 from pyscan.digest import BACKENDS, DIGESTS, THREADS_MAX
+from pyscan.trust import Role
 from pyscan.validate.rules import (
     DEFAULT_OVERRIDES,
     PATTERN_CHARACTERS_MAX,
@@ -106,7 +107,7 @@ class MonitorConfig(Program, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         refuse_duplicates("target name", [target.name for target in self.target])
-        if not self.trust.approvers:
+        if not self.trust.hears(Role.APPROVER):
             raise ValueError("[trust] approvers is empty: no approved configuration can be trusted")
 
 

@@ -32,6 +32,7 @@ from pyscan.records import PAGE_SIZE, VerdictState
 from pyscan.scanner import SweepOptions, check_approved
 from pyscan.sources.uri import parse_uri
 from pyscan.transport import Link, Publication
+from pyscan.trust import Keeper, Role
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class _Plan:
     """A configuration with what its targets' files hold."""
 
     config: MonitorConfig
+    keeper: Keeper
     targets: tuple[tuple[Target, tuple[_Approved, ...]], ...]
 
 
@@ -63,14 +65,15 @@ def run_program(path: Path, check_only: bool) -> int:
 def _load(path: Path) -> _Plan:
     """Everything that can be checked without broker and target. Raises PyscanError."""
     config = load_monitor(path)
-    ring = config.trust.approver_ring()
+    keeper = config.keeper()
+    ring = keeper.ring(Role.APPROVER)
     targets = []
     files: dict[Path, _Approved] = {}
     for target in config.target:
         parse_uri(target.source)
         targets.append((target, tuple(_load_once(path, ring, files) for path in target.approved)))
         check_approved([each.content for each in targets[-1][1]])
-    return _Plan(config, tuple(targets))
+    return _Plan(config, keeper, tuple(targets))
 
 
 def _load_once(path: Path, ring: KeyRing, files: dict[Path, _Approved]) -> _Approved:
@@ -112,6 +115,7 @@ class _Monitor:
         digesters: Digesters,
     ) -> None:
         self._config = config = plan.config
+        self._keeper = plan.keeper
         self._database = database
         self._evidence = evidence
         self._outbox = Outbox(database)
@@ -131,6 +135,7 @@ class _Monitor:
             group.create_task(self._link.run(), name="link")
             group.create_task(self._link.pump(self._outbox), name="outbox")
             group.create_task(self._heartbeat(), name="heartbeat")
+            group.create_task(self._keeper.watch(), name="keys")
             for name, watch in self._watches.items():
                 group.create_task(watch.run(), name=f"watch {name}")
             runtime.note_state(NAME, runtime.ProgramState.RUNNING)

@@ -141,6 +141,28 @@ async def test_back_pressure_holds_messages_at_the_broker(broker: Broker) -> Non
         assert received == list(range(count))
 
 
+async def test_a_consumer_that_acknowledges_one_at_a_time_stays_connected(
+    broker: Broker, caplog: pytest.LogCaptureFixture
+) -> None:
+    """mosquitto sends it more than ReceiveMaximum then; nothing is lost, nobody hangs up."""
+    count = 10 * RECEIVE_MAX
+    async with (
+        running(Link(settings(broker, "host-1"), [COMMANDS])) as link,
+        running(Link(settings(broker, "control-1"))) as control,
+    ):
+        sending = asyncio.gather(
+            *(control.publish(Publication(TOPIC, str(n).encode())) for n in range(count))
+        )
+        received = set()
+        while len(received) < count:
+            message = await receive(link)
+            received.add(int(message.payload))
+            await asyncio.sleep(0.001)
+            message.acknowledge()
+        await sending
+    assert "ReceiveMaximum" not in caplog.text
+
+
 async def test_message_without_acknowledgement_is_dropped(
     broker: Broker, caplog: pytest.LogCaptureFixture
 ) -> None:
