@@ -13,6 +13,7 @@
     |   |-- SourceUnavailable
     |   `-- KernelNotFound
     |-- TransportError        the broker is down or refuses                  exit 4
+    |-- StoreUnavailable      the control's database server is away          exit 4
     |-- DriverError           a hypervisor did not do what it was told       exit 4
     |-- LabError              the laboratory (demo, tests) did not come up   exit 4
     `-- InternalError         a broken promise inside pyscan                 exit 4
@@ -124,6 +125,10 @@ class KernelStarting(TargetUnavailable):
 
 class TransportError(PyscanError):
     """The broker is down, refuses, or lost the connection."""
+
+
+class StoreUnavailable(PyscanError):
+    """The control's database server is away or busy; what was asked of it may be tried again."""
 
 
 class DriverError(PyscanError):

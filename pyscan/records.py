@@ -204,11 +204,27 @@ class Command:
     cause: Cause = field(default_factory=Cause)
 
 
+@dataclass(frozen=True, slots=True)
+class Approval:
+    """A second person's signature under one command. Parent: the command."""
+
+    id: str
+    command: str
+    digest: str  # hex SHA-256 of the command's signed bytes
+    issuer: str
+    audience: str  # host name of the agent
+    vm: str
+    action: Action
+    issued_s: int  # Unix seconds
+    expires_s: int
+
+
 class ReportState(StrEnum):
     """How far an agent is with a command."""
 
     ACCEPTED = "accepted"
     STARTED = "started"
+    PROGRESS = "progress"  # one step; as many as there are steps
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     REJECTED = "rejected"

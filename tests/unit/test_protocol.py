@@ -18,6 +18,7 @@ from pyscan.keys import KeyRing, SigningKey
 from pyscan.protocol import RejectReason, Topic, TopicKind
 from pyscan.records import (
     Action,
+    Approval,
     Cause,
     Command,
     Finding,
@@ -444,6 +445,12 @@ def test_a_verdict_has_a_bounded_number_of_findings() -> None:
     assert _refused(_resigned("verdict", payload)).reason == RejectReason.MALFORMED
 
 
+def test_a_verdict_counts_at_least_the_findings_that_it_lists() -> None:
+    payload = _payload("verdict")
+    payload["total"] = len(payload["findings"]) - 1
+    assert _refused(_resigned("verdict", payload)).reason == RejectReason.MALFORMED
+
+
 # --------------------------------------------------------------- refused reports and verdicts
 
 
@@ -625,3 +632,81 @@ def test_every_reason_is_in_the_specification() -> None:
     specification = Path(__file__).parents[2].joinpath("docs/spec/wire.md").read_text()
     for reason in RejectReason:
         assert f"| `{reason}` |" in specification
+
+
+# ------------------------------------------------------------------------ approvals [3.5]
+
+ENVELOPE = protocol.encode_command(COMMAND, KEY)
+APPROVAL = Approval(
+    id=IDS[9],
+    command=COMMAND.id,
+    digest=protocol.command_digest(ENVELOPE),
+    issuer="beta",
+    audience=COMMAND.audience,
+    vm=COMMAND.vm,
+    action=COMMAND.action,
+    issued_s=NOW_S,
+    expires_s=NOW_S + 60,
+)
+
+
+def _approval(data: bytes, topic: str = "", audience: str = COMMAND.audience) -> Approval:
+    topic = topic or protocol.approval_topic(COMMAND.audience, COMMAND.vm)
+    return protocol.decode_approval(data, RING, topic=topic, audience=audience, now_s=NOW_S + 1)
+
+
+def test_approval_survives_its_bytes() -> None:
+    approval = _approval(protocol.encode_approval(APPROVAL, OTHER_KEY))
+    assert approval == APPROVAL
+    protocol.check_approval(approval, COMMAND, ENVELOPE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "reason"),
+    [
+        ({}, STRANGER, RejectReason.UNKNOWN_KEY),
+        ({}, KEY, RejectReason.WRONG_ISSUER),
+        ({"expires_s": NOW_S - 30, "issued_s": NOW_S - 60}, OTHER_KEY, RejectReason.EXPIRED),
+        ({"expires_s": NOW_S + 601}, OTHER_KEY, RejectReason.LIFETIME),
+        ({"issued_s": NOW_S + 40}, OTHER_KEY, RejectReason.NOT_YET_VALID),
+        ({"vm": "other"}, OTHER_KEY, RejectReason.BAD_SIGNATURE),
+        ({"audience": "other"}, OTHER_KEY, RejectReason.BAD_SIGNATURE),
+    ],
+)
+def test_refused_approval(changes: dict[str, Any], key: SigningKey, reason: RejectReason) -> None:
+    with pytest.raises(Rejected) as refused:
+        _approval(protocol.encode_approval(replace(APPROVAL, **changes), key))
+    assert refused.value.reason == reason
+
+
+def test_an_approval_of_another_host_is_refused() -> None:
+    with pytest.raises(Rejected) as refused:
+        _approval(protocol.encode_approval(APPROVAL, OTHER_KEY), audience="host-8")
+    assert refused.value.reason == RejectReason.WRONG_AUDIENCE
+
+
+def test_a_command_is_no_approval_and_an_approval_no_command() -> None:
+    """Each is refused on the other's topic, whatever it says."""
+    topic = protocol.command_topic(COMMAND.audience, COMMAND.vm)
+    with pytest.raises(Rejected) as refused:
+        _command(protocol.encode_approval(APPROVAL, OTHER_KEY), topic=topic)
+    assert refused.value.reason == RejectReason.WRONG_CONTENT_TYPE
+    with pytest.raises(Rejected) as refused:
+        _approval(ENVELOPE)
+    assert refused.value.reason == RejectReason.WRONG_CONTENT_TYPE
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"issuer": "alpha"}, RejectReason.SAME_SIGNER),
+        ({"digest": "0" * 64}, RejectReason.OTHER_COMMAND),
+        ({"command": IDS[8]}, RejectReason.OTHER_COMMAND),
+        ({"action": Action.QUERY}, RejectReason.OTHER_COMMAND),
+        ({"vm": "other"}, RejectReason.OTHER_COMMAND),
+    ],
+)
+def test_what_does_not_approve_a_command(changes: dict[str, Any], reason: RejectReason) -> None:
+    with pytest.raises(Rejected) as refused:
+        protocol.check_approval(replace(APPROVAL, **changes), COMMAND, ENVELOPE)
+    assert refused.value.reason == reason
