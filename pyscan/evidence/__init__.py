@@ -10,8 +10,23 @@ in between. That its end was cut off at an earlier signature only the other prog
 logs can show: `verify_directory` compares them.
 """
 
+from pyscan.evidence.capture import CaptureWriter, finished_capture
 from pyscan.evidence.chain import message_body
 from pyscan.evidence.log import EvidenceLog
-from pyscan.evidence.verify import EvidenceSummary, LogSummary, verify_directory
+from pyscan.evidence.verify import (
+    CaptureSummary,
+    EvidenceSummary,
+    LogSummary,
+    verify_directory,
+)
 
-__all__ = ["EvidenceLog", "EvidenceSummary", "LogSummary", "message_body", "verify_directory"]
+__all__ = [
+    "CaptureSummary",
+    "CaptureWriter",
+    "EvidenceLog",
+    "EvidenceSummary",
+    "LogSummary",
+    "finished_capture",
+    "message_body",
+    "verify_directory",
+]

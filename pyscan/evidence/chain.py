@@ -35,17 +35,19 @@ RECOVERED: Final = "recovered"
 BLOB: Final = "blob"
 CHECKPOINT: Final = "checkpoint"
 CLOSED: Final = "closed"
-RESERVEDKINDS: Final = frozenset({OPENED, RECOVERED, BLOB, CHECKPOINT, CLOSED})
+RESERVED_KINDS: Final = frozenset({OPENED, RECOVERED, BLOB, CHECKPOINT, CLOSED})
 #: Records that quote a signed message; their body is a `message_body` [4].
-MESSAGE_KINDS: Final = frozenset({"verdict", "command", "report"})
+MESSAGE_KINDS: Final = frozenset({"verdict", "command", "approval", "report"})
+#: A record that names a capture by the SHA-256 of its manifest, in hex [7.5].
+CAPTURE: Final = "capture"
 
 CONTENT_TYPE: Final = media_type("evidence")
 _FRAME_TYPE: Final = 0x5A  # CBOR byte string whose length takes four bytes
 FRAME_HEAD_BYTES: Final = 5
-_HASH_BYTES: Final = 32
-_NO_PREVIOUS: Final = bytes(_HASH_BYTES)
+HASH_BYTES: Final = 32
+_NO_PREVIOUS: Final = bytes(HASH_BYTES)
 _SIGNATURE_BYTES_MAX: Final = 1024
-_PART_BYTES: Final = 1 << 20  # of a blob in memory at once
+PART_BYTES: Final = 1 << 20  # of a blob in memory at once
 WRITER: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 KIND: Final = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _BLOB_NAME: Final = re.compile(r"[0-9a-f]{64}")
@@ -122,6 +124,14 @@ def quoted_message(body: Mapping[str, object]) -> tuple[str, str, bytes]:
     raise InternalError("a quoted message has exactly id, topic and envelope")
 
 
+@dataclass(frozen=True, slots=True)
+class LogMark:
+    """A place in a log: a record's number and the SHA-256 of its encoded bytes."""
+
+    number: int
+    sha256: bytes
+
+
 @dataclass(slots=True)
 class Chain:
     """A walk along one log: checks each record against those before it [2], [3]."""
@@ -135,6 +145,11 @@ class Chain:
     last_kind: str = ""
     signatures: int = 0
     blobs: dict[str, int] = field(default_factory=dict)  # name -> record that names it
+
+    @property
+    def mark(self) -> LogMark:
+        """The last record that was walked."""
+        return LogMark(self.count - 1, self.last_hash)
 
     @property
     def closed(self) -> bool:
@@ -226,7 +241,7 @@ class Chain:
     def _note_blob(self, record: Record) -> None:
         match record.body:
             case {"bytes": int(size), "sha256": bytes(digest), **others} if (
-                not others and len(digest) == _HASH_BYTES
+                not others and len(digest) == HASH_BYTES
             ):
                 if size or record.kind == BLOB:
                     self.blobs.setdefault(digest.hex(), record.number)
@@ -273,7 +288,7 @@ def check_blob(path: Path) -> None:
         raise EvidenceError(f"{path}: not a blob of the log; move it away")
     with open_for_reading(path) as file:
         digest = hashlib.sha256()
-        while part := file.read(_PART_BYTES):
+        while part := file.read(PART_BYTES):
             digest.update(part)
     if digest.hexdigest() != path.name:
         raise EvidenceError(f"{path}: the blob was changed, SHA-256 is {digest.hexdigest()}")

@@ -7,10 +7,10 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from io import FileIO
 from pathlib import Path
-from typing import Final, Self
+from typing import Self
 
 from pyscan.cose import decode_cbor, sign1
 from pyscan.errors import EvidenceError, FileFormatError, InternalError, UsageError
@@ -27,8 +27,10 @@ from pyscan.evidence.chain import (
     PUBLIC_KEY_NAME,
     RECORD_BYTES_MAX,
     RECOVERED,
+    RESERVED_KINDS,
     WRITER,
     Chain,
+    LogMark,
     Record,
     blob_body,
     check_blob,
@@ -39,8 +41,6 @@ from pyscan.evidence.chain import (
     stored_key,
 )
 from pyscan.keys import PARTIAL_SUFFIX, PublicKey, SigningKey, create_file, sync_directory
-
-RESERVED_KINDS: Final = frozenset({OPENED, RECOVERED, BLOB, CHECKPOINT, CLOSED})
 
 
 class EvidenceLog:
@@ -86,12 +86,29 @@ class EvidenceLog:
         `body` holds None, bool, int, bytes, str, list and dict only. Raises EvidenceError
         when it cannot be written, InternalError when it must not be.
         """
-        if kind in RESERVED_KINDS or not KIND.fullmatch(kind):
-            raise InternalError(f"{kind!r} cannot be the kind of an evidence record")
-        if kind in MESSAGE_KINDS:
-            quoted_message(body)
+        _check_entry(kind, body)
         with self._lock:
             return self._append(kind, body).hex()
+
+    def append_all(self, entries: Iterable[tuple[str, Mapping[str, object]]]) -> None:
+        """Write records, (kind, body) each as for `append`, and wait for the disk once."""
+        entries = list(entries)
+        for kind, body in entries:
+            _check_entry(kind, body)
+        if not entries:
+            return
+        with self._lock:
+            data = bytearray()
+            try:
+                for kind, body in entries:
+                    record = self._next(kind, body)
+                    encoded = _encoded(record)
+                    self._chain.advance(record, encoded)
+                    data += frame(encoded)
+            except BaseException:
+                self._file.close()  # the chain is ahead of the file now
+                raise
+            self._write_synced(bytes(data))
 
     def attach(self, data: bytes) -> str:
         """Store `data` as a blob and record it; returns its SHA-256 in hex, for other records.
@@ -107,10 +124,11 @@ class EvidenceLog:
                 self._chain.blobs[name] = self._chain.count - 1
         return name
 
-    def checkpoint(self) -> str:
-        """Sign all that was recorded; returns the hash of the record that holds the signature."""
+    def checkpoint(self) -> LogMark:
+        """Sign all that was recorded; returns the record that holds the signature."""
         with self._lock:
-            return self._append_signed(CHECKPOINT).hex()
+            self._append_signed(CHECKPOINT)
+            return self._chain.mark
 
     def close(self) -> None:
         """Sign, mark the log as complete and release it. Idempotent."""
@@ -165,25 +183,23 @@ class EvidenceLog:
 
     def _write(self, record: Record) -> bytes:
         """Put a record behind the others and wait for the disk; returns its hash."""
+        encoded = _encoded(record)
+        self._write_synced(frame(encoded))
+        self._chain.advance(record, encoded)
+        return self._chain.last_hash
+
+    def _write_synced(self, data: bytes) -> None:
         path = self._chain.path
         if self._file.closed:
             raise EvidenceError(f"{path}: closed, or a write failed; restart the program")
-        encoded = record.encode()
         try:
-            # What could not be read again must not break the log.
-            decode_cbor(encoded, RECORD_BYTES_MAX)
-        except FileFormatError as error:
-            raise InternalError(f"evidence that could not be read again: {error}") from error
-        try:
-            self._write_all(frame(encoded))
+            self._write_all(data)
             os.fdatasync(self._file.fileno())
         except OSError as error:
             self._file.close()
             raise EvidenceError(
                 f"{path}: cannot be written: {error.strerror}; make room and restart the program"
             ) from error
-        self._chain.advance(record, encoded)
-        return self._chain.last_hash
 
     def _write_all(self, data: bytes) -> None:
         while data:
@@ -197,6 +213,23 @@ class EvidenceLog:
             check_blob(path)
         except OSError as error:
             raise EvidenceError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _check_entry(kind: str, body: Mapping[str, object]) -> None:
+    if kind in RESERVED_KINDS or not KIND.fullmatch(kind):
+        raise InternalError(f"{kind!r} cannot be the kind of an evidence record")
+    if kind in MESSAGE_KINDS:
+        quoted_message(body)
+
+
+def _encoded(record: Record) -> bytes:
+    """The bytes of a record. Raises InternalError: what cannot be read again breaks the log."""
+    encoded = record.encode()
+    try:
+        decode_cbor(encoded, RECORD_BYTES_MAX)
+    except FileFormatError as error:
+        raise InternalError(f"evidence that could not be read again: {error}") from error
+    return encoded
 
 
 def _open_for_writing(directory: Path, key: PublicKey) -> FileIO:

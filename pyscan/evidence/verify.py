@@ -1,33 +1,27 @@
-"""Verifying evidence: all logs below a directory, and against each other."""
+"""Verifying evidence: all logs and captures below a directory, and against each other."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
 
-from pyscan.cose import decode_cbor, encode_cbor, media_type, verify1
-from pyscan.errors import EvidenceError, FileFormatError, InternalError, SignatureInvalid
+from pyscan.errors import EvidenceError, FileFormatError
+from pyscan.evidence.captured import Capture
 from pyscan.evidence.chain import (
     BLOBS_NAME,
+    CAPTURE,
     LOG_NAME,
     MESSAGE_KINDS,
-    PUBLIC_KEY_NAME,
-    RECORD_BYTES_MAX,
     Chain,
-    Record,
+    LogMark,
     check_blob,
     open_for_reading,
-    quoted_message,
     stored_key,
 )
-from pyscan.keys import KeyRing, PublicKey
-
-#: Directories that `verify_directory` looks into; a larger tree is not one of ours.
-DIRECTORIES_MAX: Final = 4096
+from pyscan.evidence.found import find_evidence, identify
+from pyscan.evidence.quotes import Quoted, read_quote
+from pyscan.keys import KeyRing
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +37,23 @@ class LogSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class CaptureSummary:
+    """One verified capture."""
+
+    directory: Path
+    writer: str
+    key_id: bytes
+    files: int
+    bytes_total: int
+
+
+@dataclass(frozen=True, slots=True)
 class EvidenceSummary:
     """What `verify_directory` found to be in order."""
 
     logs: tuple[LogSummary, ...]
+    captures: tuple[CaptureSummary, ...]
+    captures_elsewhere: int  # that the logs name, and that are not here
     messages: int  # different signed messages that the logs quote
     messages_unverified: int  # of these: signed with a key that is not at hand
 
@@ -55,6 +62,7 @@ class EvidenceSummary:
         return {
             "records": sum(log.records for log in self.logs),
             "blobs": sum(log.blobs for log in self.logs),
+            "captures_elsewhere": self.captures_elsewhere,
             "messages": self.messages,
             "messages_unverified": self.messages_unverified,
             "logs": [
@@ -68,96 +76,97 @@ class EvidenceSummary:
                 }
                 for log in self.logs
             ],
+            "captures": [
+                {
+                    "directory": str(capture.directory),
+                    "writer": capture.writer,
+                    "key_id": capture.key_id.hex(),
+                    "files": capture.files,
+                    "bytes": capture.bytes_total,
+                }
+                for capture in self.captures
+            ],
         }
 
 
 @dataclass(frozen=True, slots=True)
 class _Quote:
-    """A signed message as one record has it."""
+    """A signed message as one record, or one capture, has it."""
 
-    path: Path
-    number: int
-    log_key: bytes  # key id of the log's writer
-    signer_key: bytes | None  # key id of the message's signer; None: not at hand
-    digest: bytes
+    where: str  # file and number, for a person
+    log_key: bytes | None  # key id of the log's writer; None: quoted by a capture
+    message: Quoted
 
 
-_Quotes = dict[tuple[str, str], list[_Quote]]  # by kind and message id
+@dataclass(slots=True)
+class _Findings:
+    """What a walk over everything gathers, to be compared afterwards."""
+
+    quotes: dict[tuple[str, str], list[_Quote]] = field(default_factory=dict)
+    wanted: set[tuple[bytes, LogMark]] = field(default_factory=set)  # key id; named by captures
+    marks: set[tuple[bytes, LogMark]] = field(default_factory=set)  # of these: found in the logs
+    captures: set[tuple[bytes, str]] = field(default_factory=set)  # key id, manifest; from logs
+
+    def add(self, where: str, log_key: bytes | None, message: Quoted) -> None:
+        quote = _Quote(where, log_key, message)
+        self.quotes.setdefault((message.kind, message.id), []).append(quote)
 
 
 def verify_directory(directory: Path, ring: KeyRing | None = None) -> EvidenceSummary:
-    """Verify all logs in and below `directory` [5].
+    """Verify all logs and captures in and below `directory` [5].
 
     `ring` pins the writers' keys by name. Without it the keys beside the logs are taken,
     which shows that the logs are consistent, not whose they are. Raises EvidenceError
     that names the file, the record and what is wrong.
     """
     try:
-        return _verify_logs(directory, ring)
+        return _verify_all(directory, ring)
     except OSError as error:
         raise EvidenceError(
             f"{error.filename or directory}: cannot be read: {error.strerror}"
         ) from error
 
 
-def _verify_logs(directory: Path, ring: KeyRing | None) -> EvidenceSummary:
-    directories = _find_logs(directory)
-    writers: dict[bytes, tuple[str, PublicKey]] = {}
-    for place in directories:
-        writer, key = _identify(place, ring)
-        if writers.setdefault(key.key_id, (writer, key))[0] != writer:
-            raise EvidenceError(f"{place}: {writer} has the key of {writers[key.key_id][0]}")
-    quotes: _Quotes = {}
-    known = KeyRing("writer", writers) if ring is None else ring
-    logs = tuple(_verify_log(place, known, quotes) for place in directories)
-    for message, quoted in quotes.items():
-        _compare_quotes(message, quoted, writers)
-    unverified = sum(quoted[0].signer_key is None for quoted in quotes.values())
-    return EvidenceSummary(logs, len(quotes), unverified)
+def _verify_all(directory: Path, ring: KeyRing | None) -> EvidenceSummary:
+    found = find_evidence(directory)
+    for place in found.unfinished:
+        raise EvidenceError(
+            f"{place}: a capture that is not finished: its program still writes it, or was "
+            "killed and will take it again; no evidence of anything"
+        )
+    whose = identify(found, ring)
+    findings = _Findings()
+    for capture in whose.captures:
+        if capture.manifest.log is not None:
+            findings.wanted.add((capture.key.key_id, capture.manifest.log))
+    logs = tuple(_verify_log(place, whose.known, findings) for place in found.logs)
+    captures = tuple(_verify_capture(each, whose.known, findings) for each in whose.captures)
+    for capture in whose.captures:
+        if capture.key.key_id in whose.log_keys:
+            _compare_capture(capture, findings)
+    for quoted in findings.quotes.values():
+        _compare_quotes(quoted, whose.log_keys)
+    here = {capture.digest.hex() for capture in whose.captures}
+    elsewhere = {name for _, name in findings.captures} - here
+    unverified = sum(quoted[0].message.signer_key is None for quoted in findings.quotes.values())
+    return EvidenceSummary(logs, captures, len(elsewhere), len(findings.quotes), unverified)
 
 
-def _find_logs(directory: Path) -> list[Path]:
-    def refuse(error: OSError) -> None:
-        # os.walk would leave out what it cannot list, and evidence with it.
-        raise error
-
-    found = []
-    for count, (place, names, files) in enumerate(os.walk(directory, onerror=refuse)):
-        if count >= DIRECTORIES_MAX:
-            raise EvidenceError(f"{directory}: more than {DIRECTORIES_MAX} directories")
-        names.sort()
-        if LOG_NAME in files:
-            found.append(Path(place))
-    if not found:
-        raise EvidenceError(f"{directory}: no evidence log ({LOG_NAME}) here or below")
-    return found
-
-
-def _identify(directory: Path, ring: KeyRing | None) -> tuple[str, PublicKey]:
-    """The writer that a log names, and the key beside it, which the ring must know as his."""
-    key = stored_key(directory)
-    chain = Chain(directory / LOG_NAME, key)
-    with open_for_reading(chain.path) as file:
-        record = next(chain.walk(file), None)
-    if record is None:
-        raise EvidenceError(f"{chain.path}: empty")
-    if ring is not None:
-        try:
-            name, _ = ring.get(key.key_id)
-        except SignatureInvalid as error:
-            raise EvidenceError(f"{directory / PUBLIC_KEY_NAME}: {error}") from error
-        if name != record.writer:
-            raise EvidenceError(f"{chain.path}: of {record.writer}, with the key of {name}")
-    return record.writer, key
-
-
-def _verify_log(directory: Path, known: KeyRing, quotes: _Quotes) -> LogSummary:
+def _verify_log(directory: Path, known: KeyRing, findings: _Findings) -> LogSummary:
     chain = Chain(directory / LOG_NAME, stored_key(directory))
+    key_id = chain.key.key_id
     with open_for_reading(chain.path) as file:
         for record in chain.walk(file):
+            if (key_id, chain.mark) in findings.wanted:
+                findings.marks.add((key_id, chain.mark))
+            if record.kind == CAPTURE:
+                findings.captures.add((key_id, str(record.body.get("manifest"))))
             if record.kind in MESSAGE_KINDS:
-                message, quote = _quote(record, chain, known)
-                quotes.setdefault(message, []).append(quote)
+                try:
+                    message = read_quote(record.kind, record.body, known)
+                except FileFormatError as error:
+                    raise chain.error(str(error), record.number) from error
+                findings.add(f"{chain.path}: record {record.number}", key_id, message)
         if chain.torn(file):
             raise chain.error("is cut off: a crash, or the end is missing")
     if not chain.closed:
@@ -166,50 +175,50 @@ def _verify_log(directory: Path, known: KeyRing, quotes: _Quotes) -> LogSummary:
             "was killed, or the end is missing"
         )
     blobs = _verify_blobs(directory / BLOBS_NAME, chain)
-    return LogSummary(
-        directory, chain.writer, chain.key.key_id, chain.count, chain.signatures, blobs
+    return LogSummary(directory, chain.writer, key_id, chain.count, chain.signatures, blobs)
+
+
+def _verify_capture(capture: Capture, known: KeyRing, findings: _Findings) -> CaptureSummary:
+    capture.check_files()
+    for number, message in capture.messages(known):
+        findings.add(f"{capture.directory}: message {number}", None, message)
+    manifest = capture.manifest
+    return CaptureSummary(
+        capture.directory,
+        manifest.writer,
+        capture.key.key_id,
+        len(manifest.files),
+        manifest.bytes_total,
     )
 
 
-def _quote(record: Record, chain: Chain, known: KeyRing) -> tuple[tuple[str, str], _Quote]:
-    """Check a quoted message by itself: its form, its signature, its id [4.1]."""
-    number = record.number
-    try:
-        message_id, topic, envelope = quoted_message(record.body)
-        verified = verify1(
-            envelope, known, media_type(record.kind), topic.encode(), RECORD_BYTES_MAX
+def _compare_capture(capture: Capture, findings: _Findings) -> None:
+    """The log of its writer is the one that the capture names, and names it [7.5]."""
+    mark, key_id, writer = capture.manifest.log, capture.key.key_id, capture.manifest.writer
+    if mark is None:
+        return
+    if (key_id, mark) not in findings.marks:
+        raise EvidenceError(
+            f"{capture.path}: made when record {mark.number} of the log of {writer} was another, "
+            "or that log was longer: it was cut off or written anew"
         )
-        payload = decode_cbor(verified.payload, RECORD_BYTES_MAX)
-    except SignatureInvalid as error:
-        if error.reason != "unknown_key":
-            raise chain.error(f"quotes a message that does not verify: {error}", number) from error
-        signer = None
-    except (FileFormatError, InternalError) as error:
-        raise chain.error(f"does not quote a message as it should: {error}", number) from error
-    else:
-        signer = verified.key_id
-        if not isinstance(payload, dict) or payload.get("id") != message_id:
-            raise chain.error(f"quotes another message than {message_id!r}", number)
-    digest = hashlib.sha256(encode_cbor([topic, envelope])).digest()
-    quote = _Quote(chain.path, number, chain.key.key_id, signer, digest)
-    return (record.kind, message_id), quote
+    if (key_id, capture.digest.hex()) not in findings.captures:
+        raise EvidenceError(
+            f"{capture.path}: the log of {writer} does not name it: the end of that log is missing"
+        )
 
 
-def _compare_quotes(
-    message: tuple[str, str], quoted: list[_Quote], writers: Mapping[bytes, object]
-) -> None:
+def _compare_quotes(quoted: list[_Quote], log_keys: frozenset[bytes]) -> None:
     """The logs must agree, and who signed a message must have recorded it [4.2], [4.3]."""
     first = quoted[0]
-    name = " ".join(message)
+    name = f"{first.message.kind} {first.message.id}"
     for other in quoted[1:]:
-        if other.digest != first.digest:
-            raise EvidenceError(
-                f"{other.path}: record {other.number} has another {name} "
-                f"than record {first.number} of {first.path}"
-            )
-    if first.signer_key in writers and all(q.log_key != first.signer_key for q in quoted):
+        if other.message.digest != first.message.digest:
+            raise EvidenceError(f"{other.where} has another {name} than {first.where}")
+    signer = first.message.signer_key
+    if signer in log_keys and all(quote.log_key != signer for quote in quoted):
         raise EvidenceError(
-            f"{first.path}: record {first.number} has {name}, "
+            f"{first.where} has {name}, "
             "and the log of its signer does not: the end of that log is missing"
         )
 

@@ -304,7 +304,7 @@ def test_where_there_is_no_evidence(tmp_path: Path) -> None:
 
 
 def test_a_tree_without_end_is_not_walked(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyscan.evidence.verify.DIRECTORIES_MAX", 2)
+    monkeypatch.setattr("pyscan.evidence.found.DIRECTORIES_MAX", 2)
     verify_directory(small)
     (small / "more").mkdir()
     assert "more than 2 directories" in _refused(small)
@@ -576,5 +576,5 @@ def test_two_versions_of_a_message_are_seen(tmp_path: Path) -> None:
     twin = REPORT_BODY | {"envelope": protocol.encode_report(other, AGENT_KEY)}
     _two_logs(tmp_path, [BOTH[0], ("report", twin)], BOTH)
     message = _refused(tmp_path)
-    assert "record 2" in message
-    assert "has another report 01ARZ3NDEKTSV4RRFFQ69G5FA1 than record 2" in message
+    assert "host-7/log.cborseq: record 2 has another report 01ARZ3NDEKTSV4RRFFQ69G5FA1" in message
+    assert "control/log.cborseq: record 2" in message
