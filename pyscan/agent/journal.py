@@ -15,11 +15,12 @@ The journal does not commit: callers wrap its changes in `pyscan.outbox.transact
 from __future__ import annotations
 
 import sqlite3
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 import msgspec
 
+from pyscan.agent.drivers.base import CpuQuota, Disk, Throttle
 from pyscan.agent.process import ProcessIdentity
 from pyscan.records import Action, Command
 
@@ -36,16 +37,30 @@ class CommandState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Layer:
+    """A copy-on-write overlay over a disk."""
+
+    base: Disk  # the disk as it was
+    file: str  # the overlay
+
+
+@dataclass(frozen=True, slots=True)
 class Containment:
     """What was taken from a machine, and so what a release gives back.
 
-    QEMU does not tell whether a link is up: all links that a freeze unplugged are plugged
-    in again.
+    It is what the machine had, whether or not taking it away succeeded. QEMU does not tell
+    whether a link is up: all its links are plugged in again.
     """
 
     was_running: bool
-    links: tuple[str, ...]
+    links: tuple[str, ...]  # plugged in, as far as is known
     process: ProcessIdentity | None  # the machine it was taken from; a new one owes nothing
+    networks: dict[str, str] = field(default_factory=dict)  # by link
+    layers: dict[str, Layer] = field(default_factory=dict)  # by disk
+    throttles: dict[str, Throttle] = field(default_factory=dict)  # by disk
+    cpu: CpuQuota | None = None
+    release_at_s: int | None = None  # Unix seconds; None: until a command releases it
+    command: str = ""  # id of the command that set `release_at_s`
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +117,13 @@ class Journal:
             "SELECT command, state, report FROM commands WHERE id = ?", (command_id,)
         ).fetchone()
         return _entry(row) if row else None
+
+    def envelope(self, command_id: str) -> bytes:
+        """The command as it was received; nothing when it is not known."""
+        row = self._connection.execute(
+            "SELECT envelope FROM commands WHERE id = ?", (command_id,)
+        ).fetchone()
+        return bytes(row[0]) if row else b""
 
     def unfinished(self) -> list[Entry]:
         """Commands that a crash interrupted, in the order they came."""
@@ -175,6 +197,14 @@ class Journal:
             (action, since_ns),
         ).fetchone()
         return int(row[0])
+
+    def machines(self) -> list[str]:
+        """All machines that were ever reached and are not forgotten."""
+        return [str(row[0]) for row in self._connection.execute("SELECT vm FROM machines")]
+
+    def forget_machine(self, vm: str) -> None:
+        """Drop a machine that is no more, and what it was owed."""
+        self._connection.execute("DELETE FROM machines WHERE vm = ?", (vm,))
 
     def process(self, vm: str) -> ProcessIdentity | None:
         """The process of the machine when it was last reached."""

@@ -6,7 +6,9 @@ import asyncio
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -23,6 +25,8 @@ from pyscan.transport import Link, Publication
 log = logging.getLogger(__name__)
 
 STATE_CONTENT: Final = "application/json"
+#: Pause between two publications of the counters of rejections.
+COUNTERS_PAUSE_S: Final = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +47,14 @@ class Reporter:
         self._evidence = evidence
 
     def sign(
-        self, command: Command, state: ReportState, outcome: Outcome | None = None
+        self,
+        command: Command,
+        state: ReportState,
+        outcome: Outcome | None = None,
+        *,
+        step: str = "",
     ) -> SignedReport:
-        """A report about one step of `command`."""
+        """A report about how far `command` is; `step` is the detail of one without outcome."""
         report = Report(
             id=new_id(),
             command=command.id,
@@ -55,7 +64,7 @@ class Reporter:
             state=state,
             at_ns=time.time_ns(),
             reason=outcome.reason if outcome else "",
-            detail=outcome.detail if outcome else "",
+            detail=outcome.detail if outcome else step,
             vm_state=outcome.vm_state if outcome else "",
         )
         return SignedReport(report, protocol.encode_report(report, self._key))
@@ -102,13 +111,33 @@ class StateBoard:
 
     def __init__(self, host: str) -> None:
         self._host = host
-        self._states: dict[str, bytes] = {}
+        self._states: dict[str, tuple[VmState, bool]] = {}
+        self._payloads: dict[str, bytes] = {}
         self._unpublished: dict[str, None] = {}
         self._changed = asyncio.Event()
+        self._rejected: Counter[str] = Counter()
+        self._rejected_changed = asyncio.Event()
 
     def note(self, vm: str, state: VmState, *, contained: bool) -> None:
         """Set the state of a machine."""
-        self._states[vm] = _json(vm=vm, state=state.value, contained=contained)
+        if self._states.get(vm) == (state, contained):
+            return
+        log.info("machine vm=%s state=%s contained=%s", vm, state.value, contained)
+        self._states[vm] = (state, contained)
+        self._set(vm, _json(vm=vm, state=state.value, contained=contained))
+
+    def count_rejection(self, reason: str) -> None:
+        """One more message was refused for this reason."""
+        self._rejected[reason] += 1
+        self._rejected_changed.set()
+
+    def forget(self, vm: str) -> None:
+        """Take a machine's retained state away: it is no longer this host's."""
+        self._states.pop(vm, None)
+        self._set(vm, b"")
+
+    def _set(self, vm: str, payload: bytes) -> None:
+        self._payloads[vm] = payload
         self._unpublished[vm] = None
         self._changed.set()
 
@@ -116,7 +145,7 @@ class StateBoard:
         """Everything, for a new connection."""
         yield self._status("online")
         self._unpublished.clear()
-        for vm in tuple(self._states):
+        for vm in tuple(self._payloads):
             yield self._publication(vm)
 
     def will(self) -> Publication:
@@ -134,16 +163,35 @@ class StateBoard:
                 vm, _ = self._unpublished.popitem()
                 try:
                     await link.publish(self._publication(vm))
+                    self._drop_forgotten(vm)
                 except TransportError as error:
                     log.warning("state not published vm=%s problem=%s", vm, error)
 
+    async def publish_counters(self, link: Link) -> None:
+        """Publish how much was rejected, now and then, for ever."""
+        while True:
+            await self._rejected_changed.wait()
+            self._rejected_changed.clear()
+            await link.wait_online()
+            # A connection that was lost meanwhile brings everything with its greeting.
+            with suppress(TransportError):
+                await link.publish(self._status("online"))
+            await asyncio.sleep(COUNTERS_PAUSE_S)
+
+    def _drop_forgotten(self, vm: str) -> None:
+        if vm not in self._states:
+            self._payloads.pop(vm, None)
+
     def _publication(self, vm: str) -> Publication:
         topic = protocol.state_topic(self._host, vm)
-        return Publication(topic, self._states[vm], retain=True, content_type=STATE_CONTENT)
+        payload = self._payloads.get(vm, b"")
+        return Publication(topic, payload, retain=True, content_type=STATE_CONTENT)
 
     def _status(self, status: str) -> Publication:
         topic = protocol.host_status_topic(self._host)
-        payload = _json(host=self._host, status=status, version=__version__)
+        payload = _json(
+            host=self._host, status=status, version=__version__, rejected=dict(self._rejected)
+        )
         return Publication(topic, payload, retain=True, content_type=STATE_CONTENT)
 
 

@@ -12,7 +12,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,7 +119,9 @@ directory = "{program}"
 class Hypervisor:
     """QEMU with one network card and no disk; leaving the context ends it."""
 
-    def __init__(self, run: RunDirectory, name: str = VM, *, pidfile: bool = True) -> None:
+    def __init__(
+        self, run: RunDirectory, name: str = VM, *, pidfile: bool = True, extra: Sequence[str] = ()
+    ) -> None:
         self.qmp = run.path / f"{name}.qmp"
         self.other_qmp = run.path / f"{name}-test.qmp"
         self.pidfile = run.path / f"{name}.pid" if pidfile else None
@@ -132,6 +134,7 @@ class Hypervisor:
             command += ["-qmp", f"unix:{path},server=on,wait=off"]
         if self.pidfile:
             command += ["-pidfile", self.pidfile]
+        command += extra
         self.child = Child(name, command, run.path / f"{name}.log")
         self.child.wait_until(self._ready, DEADLINE_S, "its sockets")
 

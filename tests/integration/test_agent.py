@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pwd
 import signal
 import subprocess
 import time
@@ -160,7 +161,7 @@ async def test_reused_process_id_is_not_hit(site: Site, run_directory: RunDirect
         assert bystander.exit_status is None
 
 
-async def test_query_dry_run_and_unsupported_have_no_effect(
+async def test_query_dry_run_and_bad_arguments_have_no_effect(
     site: Site, machine: Hypervisor
 ) -> None:
     config = site.agent_config(machine.table())
@@ -172,12 +173,55 @@ async def test_query_dry_run_and_unsupported_have_no_effect(
             report = await peer.order(action, arguments={"dry_run": True})
             assert (report.state, report.vm_state) == (SUCCEEDED, "running")
             assert "dry run" in report.detail
-        for action in (Action.SANDBOX, Action.CAPTURE):
-            report = await peer.order(action)
-            assert (report.state, report.reason) == (FAILED, "unsupported")
+        for action, arguments in BAD_ARGUMENTS:
+            report = await peer.order(action, arguments=arguments)
+            assert (report.state, report.reason) == (REJECTED, "unsupported_action")
         assert await watcher.status() == "running"
         assert watcher.events == []
 
+
+async def test_a_hypervisor_with_a_user_of_its_own_writes_what_it_must(
+    site: Site, run_directory: RunDirectory
+) -> None:
+    nobody = pwd.getpwnam("nobody")
+    run_directory.path.chmod(0o711)
+    disk = run_directory.path / "disk.raw"
+    disk.touch(0o600)
+    os.truncate(disk, 1 << 20)
+    os.chown(disk, nobody.pw_uid, nobody.pw_gid)
+    extra = [
+        *("-runas", "nobody", "-device", "virtio-blk-pci,drive=disk0,id=blk0", "-blockdev"),
+        f"driver=raw,node-name=disk0,file.driver=file,file.filename={disk}",
+    ]
+    with Hypervisor(run_directory, extra=extra) as machine:
+        own = run_directory.path / "own"
+        config = site.agent_config(
+            machine.table(),
+            f'[sandbox]\noverlays = "{own}/overlays"\n[capture]\ndirectory = "{own}/captures"\n',
+        )
+        async with agent(site, config) as (_, peer):
+            sandboxed = await peer.order(Action.SANDBOX, arguments={"disk": True})
+            assert sandboxed.state is SUCCEEDED
+            assert "disk" not in sandboxed.detail  # it names only what was not done
+            (overlay,) = (own / "overlays").glob("*/*.qcow2")
+            assert overlay.stat().st_uid == nobody.pw_uid
+            captured = await peer.order(Action.CAPTURE)
+            assert captured.state is SUCCEEDED, captured.detail
+            (memory,) = (own / "captures").glob("*/memory.elf")
+            assert memory.stat().st_size > 64 << 20
+            released = await peer.order(Action.RELEASE, arguments={"disk": "commit"})
+            assert released.state is SUCCEEDED, released.detail
+            assert not overlay.exists()
+
+
+BAD_ARGUMENTS: list[tuple[Action, dict[str, object]]] = [
+    (Action.FREEZE, {"dry_run": "yes"}),
+    (Action.FREEZE, {"ttl_s": 0}),
+    (Action.KILL, {"ttl_s": 5}),
+    (Action.SANDBOX, {"network": "../x"}),
+    (Action.SANDBOX, {"disk": True, "ttl_s": 60}),
+    (Action.RELEASE, {"disk": True}),
+]
 
 Make = Callable[[Peer], tuple[Command, bytes, str]]
 
