@@ -16,7 +16,21 @@ import sys
 from collections.abc import Sequence
 
 from pyscan import __version__
-from pyscan.cli import approve, bench, card, demo, evidence, keys, programs, scan, sources
+from pyscan.cli import (
+    approve,
+    bench,
+    card,
+    demo,
+    events,
+    evidence,
+    incidents,
+    keys,
+    policy,
+    programs,
+    scan,
+    sources,
+    vm,
+)
 from pyscan.cli.base import Command
 from pyscan.errors import ExitStatus, PyscanError
 
@@ -65,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"pyscan {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (demo, approve, scan, programs, evidence, keys, sources, card, bench):
+    groups = (demo, approve, scan, programs, vm, incidents, events, policy, evidence, keys)
+    for group in (*groups, sources, card, bench):
         group.add(commands)
     return parser

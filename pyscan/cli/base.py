@@ -113,6 +113,11 @@ def key_ring(paths: Sequence[Path]) -> KeyRing:
     return KeyRing.of({name: PublicKey.load(path) for name, path in named.items()})
 
 
+def operator_file() -> Path:
+    """Where an operator's configuration is, unless a command is told otherwise."""
+    return _home() / "operator.toml"
+
+
 def _home() -> Path:
     """PYSCAN_HOME, else XDG_CONFIG_HOME/pyscan, else ~/.config/pyscan."""
     if home := os.environ.get("PYSCAN_HOME"):

@@ -11,7 +11,7 @@ and passwords are loaded, names are safe as an MQTT topic level. Unknown keys ar
     [mqtt]                              all programs
     host = "127.0.0.1"                  port = 1883
     username = "host-1"                 password_file = "host-1.password" (mode 0600)
-    ca, certificate, key                PEM files: TLS; a client certificate if both are given
+    ca, crl, certificate, key           PEM files: TLS; a client certificate if both are given
 
     [state]                             all programs
     directory = "/var/lib/pyscan"       database and evidence; made when it is not there
@@ -19,8 +19,11 @@ and passwords are loaded, names are safe as an MQTT topic level. Unknown keys ar
     [trust]                             public keys by name and role; a role that the program
     monitors.mon-1 = "mon-1.pub"        does not hear may stay empty
     controls.ctl-1 = "ctl-1.pub"
+    operators.ann = "ann.pub"
     agents.host-1 = "host-1.pub"
     approvers = ["approver.pub"]
+    root = "root.pub"                   besides, or instead: a key set that this root signed,
+    set = "trust.cose"                  read again when it changes and on SIGHUP
 
 The remaining tables are described at the structs of their program, one file each.
 """
@@ -28,7 +31,7 @@ The remaining tables are described at the structs of their program, one file eac
 from __future__ import annotations
 
 from pyscan.config.agent import AgentConfig, Limits, Vm, load_agent
-from pyscan.config.control import ControlConfig, PolicyTable, load_control
+from pyscan.config.control import ControlConfig, PolicyTable, load_control, load_policy
 from pyscan.config.monitor import (
     KernelStateTable,
     MonitorConfig,
@@ -37,6 +40,7 @@ from pyscan.config.monitor import (
     Target,
     load_monitor,
 )
+from pyscan.config.operator import OperatorConfig, load_operator
 
 __all__ = [
     "AgentConfig",
@@ -44,6 +48,7 @@ __all__ = [
     "KernelStateTable",
     "Limits",
     "MonitorConfig",
+    "OperatorConfig",
     "PolicyTable",
     "StateRule",
     "SweepTable",
@@ -52,4 +57,6 @@ __all__ = [
     "load_agent",
     "load_control",
     "load_monitor",
+    "load_operator",
+    "load_policy",
 ]

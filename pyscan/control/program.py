@@ -1,8 +1,5 @@
 """`pyscan control`: answers verdicts by policy, with signed commands to the agents.
 
-A verdict, the incident that it opens, the sequence number and the command that answers it
-are one transaction; the outbox brings the command out, over crashes and broker restarts.
-
 A command is published until the broker has it, and again, the same bytes, at growing
 intervals until its agent has answered: a broker that is killed may lose what it has
 confirmed, or the agent's session. The agent knows the command by its id.
@@ -11,6 +8,10 @@ A command that expires without a final report, or fails for a reason that may pa
 followed by a *new* command (fresh id, sequence and signature) while its incident is open.
 That cannot double an effect: the old one is refused by its `exp` by then, and actions name
 a state.
+
+Nothing that must survive is kept here: the store has it. Several workers of one group share
+the load and the store; each follows up on its own commands, and on those of a worker that
+is gone.
 """
 
 from __future__ import annotations
@@ -18,39 +19,39 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import sqlite3
 import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from pyscan import protocol, runtime
-from pyscan.config import ControlConfig, PolicyTable, load_control
-from pyscan.control.store import Store, Unanswered
-from pyscan.errors import Rejected, TransportError
-from pyscan.evidence import EvidenceLog, message_body
-from pyscan.ids import new_id
-from pyscan.outbox import Outbox, transaction
-from pyscan.policy import Policy, decide
+from pyscan.config import ControlConfig, load_control
+from pyscan.control.clerk import Clerk, Heard, Office
+from pyscan.control.database import open_engine, sqlite_url
+from pyscan.control.store import Note, Store, Unanswered, Waiting
+from pyscan.control.waiting import WaitingMessages
+from pyscan.errors import Rejected, StoreUnavailable, TransportError
+from pyscan.evidence import EvidenceLog
+from pyscan.keys import KeyRing
 from pyscan.protocol import Topic, TopicKind
-from pyscan.records import (
-    Action,
-    Cause,
-    Command,
-    Incident,
-    IncidentState,
-    Report,
-    ReportState,
-    Verdict,
-)
-from pyscan.transport import Link, LinkState, Message, Publication
+from pyscan.records import Cause, Report, Verdict
+from pyscan.transport import RECEIVE_MAX, Link, LinkState, Message, Publication
+from pyscan.trust import Role
 
 log = logging.getLogger(__name__)
+
+ResultT = TypeVar("ResultT")
 
 NAME: Final = "control"
 #: How often unanswered commands are looked at.
 REVIEW_INTERVAL_S: Final = 0.5
+#: How often this worker shows that it lives, and old verdicts are forgotten.
+BEAT_INTERVAL_S: Final = 2.5
 #: Pause before a command without a final report is published again; it doubles each time.
 REPEAT_FIRST_S: Final = 1.0
+#: Pause before a store that is away is asked again.
+STORE_RETRY_S: Final = 1.0
 REJECTIONS_BURST: Final = 32
 REJECTIONS_PER_S: Final = 2.0
 
@@ -62,206 +63,210 @@ def run_program(path: Path, check_only: bool) -> int:
 
 async def run(config: ControlConfig) -> None:
     """Answer verdicts until cancelled."""
-    with config.open_state() as (database, evidence):
-        await _Control(config, database, evidence).run()
-
-
-def policy_of(table: PolicyTable) -> Policy:
-    """The policy that a configuration asks for."""
-    return Policy(
-        enforce=table.enforce,
-        unapproved=table.unapproved,
-        undecided=table.undecided,
-        protected_vms=frozenset(table.protected),
-    )
+    config.state.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    identity = config.identity
+    with (
+        ThreadPoolExecutor(1, thread_name_prefix="store") as thread,
+        EvidenceLog.open(config.state.evidence, identity.key, identity.name) as evidence,
+    ):
+        await _Control(config, evidence, thread).run()
 
 
 class _Control:
     """Verdicts in, commands out, reports in."""
 
     def __init__(
-        self, config: ControlConfig, database: sqlite3.Connection, evidence: EvidenceLog
+        self, config: ControlConfig, evidence: EvidenceLog, thread: ThreadPoolExecutor
     ) -> None:
         self._config = config
         self._name = config.identity.name
-        self._policy = policy_of(config.policy)
-        self._monitors = config.trust.monitor_ring()
-        self._agents = config.trust.agent_ring()
-        self._database = database
+        self._policy = config.policy.policy()
+        self._keeper = config.keeper()
         self._evidence = evidence
-        self._store = Store(database)
-        self._outbox = Outbox(database)
+        self._thread = thread
+        self._waiting = WaitingMessages()
         self._rejections = runtime.RateBound(REJECTIONS_BURST, REJECTIONS_PER_S)
         self._repeats: dict[str, tuple[float, float]] = {}  # command -> when next, pause after
+        self._hopeless: set[str] = set()
+        self._inbox: asyncio.Queue[Message] = asyncio.Queue(RECEIVE_MAX)
+        share = f"$share/{config.group}/" if config.group else ""
         self._link = Link(
             config.link_settings(NAME),
             [
-                protocol.subscription(TopicKind.VERDICT),
-                protocol.subscription(TopicKind.REPORT),
+                share + protocol.subscription(TopicKind.VERDICT),
+                share + protocol.subscription(TopicKind.REPORT),
             ],
         )
 
     async def run(self) -> None:
         """All stages; ends only by cancellation or an error."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._link.run(), name="link")
-            group.create_task(self._link.pump(self._outbox), name="pump")
-            group.create_task(self._receive(), name="intake")
-            group.create_task(self._review(), name="review")
-            runtime.note_state(NAME, runtime.ProgramState.RUNNING)
-            log.info(
-                "policy enforce=%s unapproved=%s undecided=%s protected=%d",
-                self._policy.enforce,
-                self._policy.unapproved,
-                self._policy.undecided or "alarm",
-                len(self._policy.protected_vms),
-            )
+        url = self._config.store.url or sqlite_url(self._config.state.database)
+        self._store = Store(await self._call(lambda: open_engine(url)))
+        office = Office(
+            self._name, self._config.identity.key, self._policy, self._config.command_lifetime_s
+        )
+        self._clerk = Clerk(office, self._store, self._evidence)
+        try:
+            await self._load_waiting()
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._keeper.watch(), name="keys")
+                group.create_task(self._link.run(), name="link")
+                group.create_task(self._link.pump(self._waiting), name="pump")
+                group.create_task(self._receive(), name="intake")
+                group.create_task(self._work(), name="work")
+                group.create_task(self._review(), name="review")
+                runtime.note_state(NAME, runtime.ProgramState.RUNNING)
+                self._log_policy()
+        finally:
+            self._thread.submit(self._leave).result()
+
+    def _log_policy(self) -> None:
+        log.info(
+            "policy enforce=%s unapproved=%s undecided=%s protected=%d rules=%d",
+            self._policy.enforce,
+            self._policy.unapproved,
+            self._policy.undecided or "alarm",
+            len(self._policy.protected_vms),
+            len(self._policy.rules),
+        )
+
+    def _leave(self) -> None:
+        """Let the store know what was sent, if it is there."""
+        with contextlib.suppress(StoreUnavailable), self._store.transaction() as books:
+            books.sent(self._waiting.sent_numbers())
+        self._store.close()
+
+    async def _call(self, call: Callable[[], ResultT]) -> ResultT:
+        """Run a blocking call in the store's thread. Cancelled, it first waits for its end."""
+        task = asyncio.wrap_future(self._thread.submit(call))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            await asyncio.wait({task})
+            raise
+
+    async def _load_waiting(self) -> None:
+        def load() -> list[Waiting]:
+            with self._store.transaction() as books:
+                return books.waiting(self._name)
+
+        self._publish(await self._call(load))
+
+    def _publish(self, messages: list[Waiting]) -> None:
+        if messages:
+            self._waiting.add(messages)
+            self._link.wake()
+
+    # ----------------------------------------------------------------------------- intake
 
     async def _receive(self) -> None:
         async for message in self._link.messages:
+            await self._inbox.put(message)
+
+    async def _work(self) -> None:
+        """Take messages as many at a time as there are, for ever."""
+        while True:
+            batch = [await self._inbox.get()]
+            while len(batch) < RECEIVE_MAX and not self._inbox.empty():
+                batch.append(self._inbox.get_nowait())
+            while self._waiting.full:
+                log.error("verdicts wait: the outbox is full; bring the broker back")
+                await asyncio.sleep(STORE_RETRY_S)
+            self._publish(await self._taken(batch))
+            for message in batch:
+                message.acknowledge()
+
+    async def _taken(self, batch: list[Message]) -> list[Waiting]:
+        """Take a batch, however long the store is away."""
+        rings = {
+            TopicKind.VERDICT: self._keeper.ring(Role.MONITOR),
+            TopicKind.REPORT: self._keeper.ring(Role.AGENT),
+        }
+        heard = await self._call(lambda: self._verified(batch, rings))
+        lost = False
+        while True:
             try:
-                if Topic.parse(message.topic).kind is TopicKind.VERDICT:
-                    self._take_verdict(message)
-                else:
-                    self._take_report(message)
+                messages = await self._call(lambda: self._clerk.take(heard))
+                if lost:  # the commit may have succeeded with its answer lost
+                    await self._load_waiting()
+            except StoreUnavailable as error:
+                lost = True
+                log.warning("store away problem=%s", error)
+                await asyncio.sleep(STORE_RETRY_S)
+            else:
+                return messages
+
+    def _verified(self, batch: list[Message], rings: Mapping[TopicKind, KeyRing]) -> list[Heard]:
+        heard = []
+        for message in batch:
+            try:
+                heard.append(_verify(message, rings))
             except Rejected as rejected:
                 self._reject(rejected, message)
-            except TransportError as error:
-                # Not acknowledged: it comes again, when there is room for an answer.
-                log.error("message put back topic=%s problem=%s", message.topic, error)  # noqa: TRY400 - expected, one line
-                continue
-            message.acknowledge()
+        return heard
 
-    def _take_verdict(self, message: Message) -> None:
-        """Record a verdict and answer it. Raises Rejected."""
-        now_ns = time.time_ns()
-        verdict = protocol.decode_verdict(
-            message.payload, self._monitors, topic=message.topic, now_ns=now_ns
+    def _reject(self, rejected: Rejected, message: Message) -> None:
+        if not self._rejections.allow():
+            return
+        log.warning(
+            "message rejected topic=%s problem=%s not_recorded_before=%d",
+            message.topic,
+            rejected,
+            self._rejections.held_back,
         )
-        with transaction(self._database):
-            if not self._store.take_verdict(verdict):
-                return
-            # Evidence comes before the commit: a kill destroys what it was based on.
-            self._evidence.append(
-                "verdict", message_body(verdict.id, message.topic, message.payload)
-            )
-            self._answer(verdict, now_ns)
-        self._link.wake()
-
-    def _answer(self, verdict: Verdict, now_ns: int) -> None:
-        incident = self._store.open_incident(verdict.target)
-        decision = decide(verdict, self._policy, incident)
-        log.info(
-            "verdict id=%s target=%s state=%s action=%s reason=%s decision=%s",
-            verdict.id,
-            verdict.target,
-            verdict.state,
-            decision.action or "none",
-            verdict.reason,
-            decision.reason,
-        )
-        if decision.incident_wanted:
-            incident = self._open_incident(verdict, now_ns)
-        if decision.action is not None and incident is not None:
-            finding = verdict.findings[0].id if verdict.findings else ""
-            cause = Cause(incident.id, finding, verdict.id)
-            self._command(incident, decision.action, cause, attempt=1)
-
-    def _open_incident(self, verdict: Verdict, now_ns: int) -> Incident:
-        incident = Incident(
-            id=new_id(),
-            verdict=verdict.id,
-            target=verdict.target,
-            host=verdict.host,
-            vm=verdict.vm,
-            state=IncidentState.OPEN,
-            opened_ns=now_ns,
-        )
-        self._store.put_incident(incident)
-        self._note_incident(incident, verdict.reason)
-        return incident
-
-    def _command(self, incident: Incident, action: Action, cause: Cause, attempt: int) -> None:
-        """Sign a command and put it into the outbox, inside a transaction."""
-        now_ns = time.time_ns()
-        now_s = now_ns // 10**9
-        command = Command(
-            id=new_id(),
-            issuer=self._name,
-            audience=incident.host,
-            sequence=self._store.next_sequence(incident.host, incident.vm, now_ns),
-            issued_s=now_s,
-            expires_s=now_s + self._config.command_lifetime_s,
-            action=action,
-            vm=incident.vm,
-            cause=cause,
-        )
-        envelope = protocol.encode_command(command, self._config.identity.key)
-        topic = protocol.command_topic(command.audience, command.vm)
-        self._evidence.append("command", message_body(command.id, topic, envelope))
-        self._store.put_command(command, envelope, attempt)
-        self._outbox.put(
-            topic,
-            envelope,
-            message_id=command.id,
-            expires_s=command.expires_s,
-            correlation=command.id.encode("ascii"),
-        )
-        log.info(
-            "command id=%s action=%s host=%s vm=%s incident=%s attempt=%d",
-            command.id,
-            action,
-            command.audience,
-            command.vm,
-            incident.id,
-            attempt,
+        self._evidence.append(
+            "rejected",
+            {
+                "topic": message.topic,
+                "reason": str(rejected.reason),
+                "envelope": message.payload[: protocol.VERDICT_BYTES_MAX],
+            },
         )
 
-    def _take_report(self, message: Message) -> None:
-        """Record a report and what it means for its incident. Raises Rejected."""
-        report = protocol.decode_report(message.payload, self._agents, topic=message.topic)
-        with transaction(self._database):
-            incident = self._store.take_report(report)
-            if incident is None:
-                return
-            self._evidence.append("report", message_body(report.id, message.topic, message.payload))
-            if incident.state is IncidentState.ANSWERED:
-                self._note_incident(incident, report.detail)
-        self._log_report(report, incident)
-
-    def _log_report(self, report: Report, incident: Incident) -> None:
-        bad = report.state in {ReportState.FAILED, ReportState.REJECTED}
-        log.log(
-            logging.WARNING if bad else logging.INFO,
-            "report state=%s command=%s action=%s vm=%s vm_state=%s incident=%s"
-            " reason=%s detail=%s",
-            report.state,
-            report.command,
-            report.action,
-            report.vm,
-            report.vm_state or "-",
-            incident.id,
-            report.reason or "-",
-            report.detail or "-",
-        )
+    # ------------------------------------------------------------------------- follow-up
 
     async def _review(self) -> None:
         """Follow up on commands that were not answered, for ever."""
-        hopeless: set[str] = set()
+        beat_at = float("-inf")
         while True:
-            unanswered_now = self._store.unanswered()
-            waiting = {unanswered.command_id for unanswered in unanswered_now}
-            self._repeats = {key: due for key, due in self._repeats.items() if key in waiting}
-            for unanswered in unanswered_now:
-                if unanswered.hopeless:
-                    if unanswered.command_id not in hopeless:
-                        hopeless.add(unanswered.command_id)
-                        self._log_hopeless(unanswered)
-                elif self._may_retry(unanswered):
-                    self._retry(unanswered)
-                else:
-                    await self._repeat(unanswered)
+            now = time.monotonic()
+            beat = now >= beat_at + BEAT_INTERVAL_S
+            if beat:
+                beat_at = now
+            try:
+                await self._review_once(beat=beat)
+            except StoreUnavailable as error:
+                log.warning("store away problem=%s", error)
             await asyncio.sleep(REVIEW_INTERVAL_S)
+
+    async def _review_once(self, *, beat: bool) -> None:
+        sent = self._waiting.sent_numbers()
+        adopted, unanswered_now = await self._call(lambda: self._look(sent, beat=beat))
+        self._waiting.forget_sent(sent)
+        if adopted:
+            log.warning("work of a worker that is gone taken over")
+            await self._load_waiting()
+        waiting = {unanswered.command_id for unanswered in unanswered_now}
+        self._repeats = {key: due for key, due in self._repeats.items() if key in waiting}
+        self._hopeless &= waiting
+        for unanswered in unanswered_now:
+            if unanswered.hopeless:
+                self._note_hopeless(unanswered)
+            elif self._may_retry(unanswered):
+                await self._retry(unanswered)
+            else:
+                await self._repeat(unanswered)
+
+    def _look(self, sent: list[int], *, beat: bool) -> tuple[bool, list[Unanswered]]:
+        adopted = False
+        with self._store.transaction() as books:
+            books.sent(sent)
+            if beat:
+                adopted = books.beat(self._name, time.time_ns())
+                books.forget_verdicts(time.time_ns())
+            notes: list[Note] = books.take_notes()
+            self._clerk.take_notes(notes)
+            return adopted, books.unanswered(self._name)
 
     async def _repeat(self, unanswered: Unanswered) -> None:
         """Publish the same command again when its answer is overdue."""
@@ -282,14 +287,17 @@ class _Control:
         incident = unanswered.incident
         topic = protocol.command_topic(incident.host, incident.vm)
         log.info("command repeated id=%s host=%s vm=%s", command_id, incident.host, incident.vm)
+        envelope = await self._call(lambda: self._envelope(command_id))
         with contextlib.suppress(TransportError):
-            await self._link.publish(Publication(topic, self._store.envelope(command_id)))
+            await self._link.publish(Publication(topic, envelope))
+
+    def _envelope(self, command_id: str) -> bytes:
+        with self._store.transaction() as books:
+            return books.envelope(command_id)
 
     def _may_send(self, command_id: str) -> bool:
         """Whether the broker is there and has taken the command before."""
-        return self._link.state is LinkState.ONLINE and all(
-            entry.message_id != command_id for entry in self._outbox.pending()
-        )
+        return self._link.state is LinkState.ONLINE and not self._waiting.holds(command_id)
 
     def _may_retry(self, unanswered: Unanswered) -> bool:
         """Not before the last attempt is void and has left: no pile of commands behind a broker."""
@@ -299,20 +307,16 @@ class _Control:
             and self._may_send(unanswered.command_id)
         )
 
-    def _retry(self, unanswered: Unanswered) -> None:
+    async def _retry(self, unanswered: Unanswered) -> None:
         incident = unanswered.incident
-        if incident.action is None:
-            return
         cause = Cause(incident.id, unanswered.finding, unanswered.verdict)
-        try:
-            with transaction(self._database):
-                self._command(incident, incident.action, cause, unanswered.attempt + 1)
-        except TransportError as error:
-            log.warning("command not repeated incident=%s problem=%s", incident.id, error)
-            return
-        self._link.wake()
+        attempt = unanswered.attempt + 1
+        self._publish(await self._call(lambda: self._clerk.retry(incident, cause, attempt)))
 
-    def _log_hopeless(self, unanswered: Unanswered) -> None:
+    def _note_hopeless(self, unanswered: Unanswered) -> None:
+        if unanswered.command_id in self._hopeless:
+            return
+        self._hopeless.add(unanswered.command_id)
         log.error(
             "incident needs a person id=%s target=%s command=%s state=%s reason=%s",
             unanswered.incident.id,
@@ -322,36 +326,14 @@ class _Control:
             unanswered.reason,
         )
 
-    def _note_incident(self, incident: Incident, detail: str) -> None:
-        self._evidence.append(
-            "incident",
-            {
-                "id": incident.id,
-                "verdict": incident.verdict,
-                "target": incident.target,
-                "state": incident.state.value,
-                "command": incident.command,
-                "detail": detail,
-            },
-        )
-        log.warning(
-            "incident state=%s id=%s target=%s", incident.state, incident.id, incident.target
-        )
 
-    def _reject(self, rejected: Rejected, message: Message) -> None:
-        if not self._rejections.allow():
-            return
-        log.warning(
-            "message rejected topic=%s problem=%s not_recorded_before=%d",
-            message.topic,
-            rejected,
-            self._rejections.held_back,
-        )
-        self._evidence.append(
-            "rejected",
-            {
-                "topic": message.topic,
-                "reason": str(rejected.reason),
-                "envelope": message.payload[: protocol.VERDICT_BYTES_MAX],
-            },
-        )
+def _verify(message: Message, rings: Mapping[TopicKind, KeyRing]) -> Heard:
+    """A verdict or a report. Raises Rejected."""
+    topic, envelope = message.topic, message.payload
+    content: Verdict | Report
+    if Topic.parse(topic).kind is TopicKind.VERDICT:
+        ring = rings[TopicKind.VERDICT]
+        content = protocol.decode_verdict(envelope, ring, topic=topic, now_ns=time.time_ns())
+    else:
+        content = protocol.decode_report(envelope, rings[TopicKind.REPORT], topic=topic)
+    return Heard(content, topic, envelope)

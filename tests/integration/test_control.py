@@ -266,7 +266,7 @@ BAD: dict[str, BadVerdict] = {
     "unknown_key": _sealed(signer="foreign"),
     "bad_signature": _sealed(topic=protocol.verdict_topic(MONITOR, "web-2")),
     "malformed": _damaged(lambda envelope: envelope[:-9]),
-    "too_large": _damaged(lambda envelope: envelope + bytes(200_000)),
+    "too_large": _damaged(lambda envelope: envelope + bytes(100_000)),
 }
 
 

@@ -19,7 +19,7 @@ from pyscan.cli import scan
 from pyscan.errors import SourceUnavailable
 from pyscan.evidence import EvidenceLog
 from pyscan.keys import KeyRing, PublicKey, SigningKey
-from pyscan.records import PAGE_SIZE, PageStatus
+from pyscan.records import PAGE_SIZE, Action, PageStatus
 from pyscan.sources import BACKENDS, leechcore
 from pyscan.sources.layers import FaultSource
 from pyscan.sources.probe import probe_qemu
@@ -35,8 +35,24 @@ COMMANDS = [
     ("monitor",),
     ("control",),
     ("agent",),
+    *(("vm", name) for name in ("list", "approve", *Action)),
+    ("incidents",),
+    ("incidents", "show"),
+    ("incidents", "release"),
+    ("incidents", "resume"),
+    ("events",),
+    ("policy", "check"),
+    ("policy", "simulate"),
     ("evidence", "verify"),
+    ("evidence", "show"),
+    ("evidence", "export"),
     ("keys", "create"),
+    ("keys", "root"),
+    ("keys", "issue"),
+    ("keys", "rotate"),
+    ("keys", "revoke"),
+    ("keys", "trust"),
+    ("keys", "show"),
     ("sources",),
     ("card", "status"),
     ("card", "log"),
@@ -84,7 +100,7 @@ def test_every_command_has_help_with_an_example(pyscan: Pyscan, command: tuple[s
 
 def test_the_list_of_commands_is_whole(pyscan: Pyscan) -> None:
     output = pyscan("--help")
-    listed = re.findall(r"^    ([a-z]+)  ", output.out, re.MULTILINE)
+    listed = re.findall(r"^    ([a-z]+)(?:  |$)", output.out, re.MULTILINE)
     assert sorted(listed) == sorted({command[0] for command in COMMANDS})
     assert "Exit status" in output.out
 

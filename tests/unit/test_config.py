@@ -20,6 +20,8 @@ from pyscan.config import (
 from pyscan.errors import ConfigError, ExitStatus
 from pyscan.keys import SigningKey
 from pyscan.records import Action
+from pyscan.trust import Role
+from pyscan.trust.authority import Authority
 from pyscan.validate.rules import Rule, StateRules
 from pyscan.validate.vector import StateClass
 
@@ -102,6 +104,9 @@ source = "qemu:/run/web-1.qmp"
 approved = "web-1.approved"
 """
 )
+
+
+KEY_SET = 'root = "peer.pub"\nset = "none.cose"'
 
 
 @pytest.fixture
@@ -206,6 +211,16 @@ BAD: list[Bad] = [
     (load_agent, AGENT, 'controls.ctl-1 = "peer.pub"', "", "[trust]", "controls is empty"),
     (load_agent, AGENT, '= "peer.pub"', '= "own.key"', "controls.ctl-1", "own.key"),
     (load_agent, AGENT, "[state]", "[state]\n[state]", "[state]\ndir", "not TOML"),
+    (load_agent, AGENT, "[limits]", "[sandbox]\ndisk_iops = 0\n[limits]", "disk_iops", ">= 1"),
+    (load_agent, AGENT, "[limits]", '[sandbox]\nrevoke = ["x"]\n[limits]', "", "absolute"),
+    (load_agent, AGENT, "[limits]", '[discovery]\nqmp = "x"\n[limits]', "", "absolute paths"),
+    (load_agent, AGENT, "[limits]", "[discovery]\ninterval_s = 0\n[limits]", "", ">= 0.1"),
+    (load_agent, AGENT, 'pidfile = "web-2.pid"', "hub = 1", "", "come together"),
+    (load_agent, AGENT, "[limits]", '[limits]\ntwo_person = ["burn"]', "two_person", "burn"),
+    (load_agent, AGENT, "[trust]", '[trust]\nroot = "peer.pub"', "[trust]", "come together"),
+    (load_agent, AGENT, "[trust]", f"[trust]\n{KEY_SET}", "set =", "none.cose: cannot be read"),
+    (load_agent, AGENT, "[state]", 'crl = "password"\n[state]', "[mqtt]", "need ca"),
+    (load_agent, AGENT, "[state]", 'key = "peer.pub"\n[state]', 'key = "peer', "chmod 600"),
     (load_agent, COMMON, "", "", "", "vm"),
     (load_control, CONTROL, '"kill"', '"explode"', "unapproved", "explode"),
     (load_control, CONTROL, '"kill"', '"release"', "[policy]", "no answer"),
@@ -260,6 +275,17 @@ def test_error_names_file_and_line(folder: Path, case: Bad) -> None:
     assert str(caught.value).startswith(str(path))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_key_set_instead_of_pinned_keys(folder: Path) -> None:
+    authority = Authority.create(folder / "root", "test")
+    bundle = authority.issue(Role.OPERATOR, "ann", folder / "ann")
+    assert bundle.private_key is not None
+    table = 'root = "root/root.pub"\nset = "root/trust.cose"'
+    config = load_agent(write(folder, AGENT.replace('controls.ctl-1 = "peer.pub"', table)))
+    ring = config.keeper().ring(Role.CONTROL, Role.OPERATOR)
+    assert ring.get(SigningKey.load(bundle.private_key).key_id)[0] == "ann"
+    assert not (folder / "state").exists()  # checking a configuration writes nothing
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620])

@@ -1,27 +1,13 @@
-"""Sweep -> verdict state -> wanted action. Pure: no I/O, no clock, no memory.
-
-Fail-closed: what is missing, unreadable or does not add up is never approved, and doubt
-alone never acts on a machine unless the policy says so in as many words.
-"""
+"""Sweep -> verdict state: what one pass over a target's pages means."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from pyscan.errors import UsageError
 from pyscan.records import (
-    Action,
     FindingKind,
-    Incident,
-    IncidentState,
     PageStatus,
     Sweep,
-    Verdict,
     VerdictState,
 )
-
-#: The actions that answer a verdict; `release` and `query` answer a person.
-ANSWERS = frozenset({Action.KILL, Action.SANDBOX, Action.FREEZE, Action.CAPTURE})
 
 #: Findings that are facts whatever the counts say, and what each kind means in a reason.
 _FACT_TEXTS = {
@@ -110,67 +96,3 @@ def _uncountable(sweep: Sweep) -> str:
         f"the counts of the sweep do not add up: watched {sweep.watched}, "
         f"ok {sweep.ok}, mismatched {sweep.mismatched}, unreadable {sweep.unreadable}"
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """How a configuration environment answers verdicts.
-
-    `unapproved` and `undecided` are the actions that answer such a verdict, None for an
-    incident without an action. Without `enforce`, incidents are opened and nothing is
-    done. The VMs of `protected_vms` are never acted on. Raises UsageError for an action
-    that is no answer.
-    """
-
-    enforce: bool
-    unapproved: Action | None
-    undecided: Action | None = None
-    protected_vms: frozenset[str] = frozenset()
-
-    def __post_init__(self) -> None:
-        for action in (self.unapproved, self.undecided):
-            if action is not None and action not in ANSWERS:
-                raise UsageError(
-                    f"policy: {action} does not answer a verdict; use one of "
-                    f"{', '.join(sorted(ANSWERS))}, or none"
-                )
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """What is wanted: a new incident, an action under the new or the open one, or neither."""
-
-    incident_wanted: bool
-    action: Action | None
-    reason: str  # one line for a person
-
-
-def decide(verdict: Verdict, policy: Policy, open_incident: Incident | None) -> Decision:
-    """Answer a verdict; `open_incident` is the target's incident that is not released yet.
-
-    An incident gets each action at most once, however many verdicts repeat it. An approved
-    verdict wants nothing: it does not close an incident, a person's release does.
-    """
-    if verdict.state is VerdictState.APPROVED:
-        return Decision(False, None, "approved")
-    if open_incident is not None and open_incident.state is IncidentState.RELEASED:
-        open_incident = None
-    action, reason = _answer(verdict, policy)
-    if action is not None and open_incident is not None and open_incident.action is action:
-        action, reason = None, f"{action} was commanded already under {open_incident.id}"
-    return Decision(open_incident is None, action, reason)
-
-
-def _answer(verdict: Verdict, policy: Policy) -> tuple[Action | None, str]:
-    """The action that the policy has for a verdict that is not approved, and why."""
-    unapproved = verdict.state is VerdictState.UNAPPROVED
-    action = policy.unapproved if unapproved else policy.undecided
-    if action is None:
-        return None, f"the policy answers {verdict.state} with an alarm only"
-    if not policy.enforce:
-        return None, f"observing only; enforcing would {action} VM {verdict.vm}"
-    if not verdict.vm or not verdict.host:
-        return None, f"target {verdict.target} is no VM of a host, so nothing can {action} it"
-    if verdict.vm in policy.protected_vms:
-        return None, f"VM {verdict.vm} is protected: {action} is left to a person"
-    return action, f"the policy answers {verdict.state} with {action}"
