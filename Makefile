@@ -38,6 +38,7 @@ bench: ## Measure; options: make bench ARGS="--quick --json FILE"
 	@.ci/setup bench
 	@$(PYTHON) -m pyscan bench $(ARGS)
 	@$(PYTHON) bench/sources.py
+	@$(PYTHON) bench/response.py
 	@$(PYTHON) -m pytest bench --override-ini "python_files=bench_*.py" \
 		--override-ini "python_functions=bench_*" --benchmark-min-rounds=20 \
 		--benchmark-max-time=0.2 --benchmark-columns=min,median,max,rounds \

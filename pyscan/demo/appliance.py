@@ -46,6 +46,7 @@ class Wiring:
     agent_qmp: Path
     pid_file: Path
     action: Action
+    interval_ms: int = INTERVAL_MS
 
 
 class Appliance:
@@ -163,7 +164,7 @@ class Appliance:
 approvers = ["approver.pub"]
 
 [sweep]
-interval_ms = {INTERVAL_MS}
+interval_ms = {wiring.interval_ms}
 heartbeat_ms = {HEARTBEAT_MS}
 
 [[target]]
